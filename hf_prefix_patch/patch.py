@@ -1,0 +1,208 @@
+"""`enable_prefix_sharing`, `disable_prefix_sharing` and the handle."""
+
+from __future__ import annotations
+
+import logging
+from functools import reduce
+from operator import add
+from types import TracebackType
+from typing import Any, cast, get_args
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_prefix_patch.attention import BACKENDS, Backend
+from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
+from hf_prefix_patch.stats import SharingStats
+from hf_prefix_patch.support import check_model, check_peft
+from hf_prefix_patch.trainer import MetricsLog, check_trainer, is_trainer, models_of
+from hf_prefix_patch.verify import verify_sharing
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixSharing:
+    """Handle on one or more patched decoder stacks; made by `enable_prefix_sharing`.
+
+    As a context manager it removes the patch on exit.
+    """
+
+    def __init__(self, backbones: list[PreTrainedModel]) -> None:
+        self._backbones = backbones
+        self._patches = [_patch_on(backbone) for backbone in backbones]
+        self._metrics: MetricsLog | None = None
+
+    @property
+    def stats(self) -> SharingStats:
+        """Counters; for a trainer, policy and reference model together."""
+        stats = [patch.stats for patch in self._patches]
+        return stats[0] if len(stats) == 1 else reduce(add, stats)
+
+    @property
+    def backend(self) -> str:
+        """Name of the attention backend in use."""
+        return self._patches[0].backend.name
+
+    def remove(self) -> None:
+        """Undo the patch; nothing of it is left. Removing twice is fine."""
+        if self._metrics is not None:
+            self._metrics.remove()
+        for backbone, patch in zip(self._backbones, self._patches, strict=True):
+            if patch_of(backbone) is patch:
+                patch.remove(backbone)
+
+    def __enter__(self) -> PrefixSharing:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        active = any(map(patch_of, self._backbones))
+        state = "active" if active else "removed"
+        return f"PrefixSharing({state}, backend={self.backend!r}, stats={self.stats})"
+
+
+def enable_prefix_sharing(
+    target: Any,
+    *,
+    backend: str = "auto",
+    verify: bool = True,
+    on_bypass: OnBypass = "warn",
+    log_metrics: bool = False,
+) -> PrefixSharing:
+    """Make a model compute what the rows of a batch share once.
+
+    Every later call of the model's decoder stack with a batch of rows runs on one packed row; all
+    that the rest of the program sees is what the unpatched model returns, up to float rounding,
+    gradients included. Enabling twice is the same as once; the options of the later call apply.
+
+    Args:
+        target: a `PreTrainedModel`, a PEFT, DDP, FSDP or compiled wrapper of one, or a
+            `transformers.Trainer` (any TRL trainer): then its model and its `ref_model`.
+        backend: `"auto"` or the name of an attention backend (`"sdpa"`).
+        verify: run a small random batch shared and unshared and compare; on a mismatch the model
+            is restored and the call raises. No gradient and no random state is touched.
+        on_bypass: what a training call that cannot be shared does beside running unshared and being
+            counted: `"warn"` once a reason, `"ignore"`, or `"raise"` a RuntimeError. Batches with
+            nothing to gain are counted only.
+        log_metrics: trainers only: add `prefix_sharing/sharing_ratio` and
+            `prefix_sharing/packed_tokens` to what the trainer logs.
+
+    Returns:
+        The handle: a context manager with `.remove()`, `.stats` and `.backend`.
+
+    Raises:
+        TypeError: `target` holds no `PreTrainedModel`.
+        ValueError: an unknown backend or option, or `log_metrics` without a trainer.
+        NotImplementedError: a model, an adapter or a trainer option that cannot be shared exactly.
+        RuntimeError: the verification found a difference.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
+        >>> model = LlamaForCausalLM(config)
+        >>> with enable_prefix_sharing(model) as sharing:
+        ...     rows = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])  # one prompt, two answers
+        ...     logits = model(input_ids=rows).logits
+        >>> logits.shape, sharing.stats.padded_tokens, sharing.stats.packed_tokens
+        (torch.Size([2, 4, 64]), 8, 5)
+    """
+    chosen = _backend(backend)
+    if on_bypass not in get_args(OnBypass):
+        raise ValueError(f"on_bypass is {on_bypass!r}, but must be one of {get_args(OnBypass)}")
+    if log_metrics and not is_trainer(target):
+        raise ValueError(
+            f"log_metrics=True needs a trainer, but target is a {type(target).__name__}; pass the "
+            "trainer, or read handle.stats yourself"
+        )
+    models = [_unwrap(model) for model in _models(target)]
+    for model in models:
+        check_model(model)
+    if is_trainer(target):
+        check_trainer(target)
+    backbones = [_backbone(model) for model in models]
+    fresh = [backbone for backbone in backbones if patch_of(backbone) is None]
+    for backbone in backbones:
+        patch = patch_of(backbone) or BackbonePatch(backbone, chosen, on_bypass)
+        patch.backend, patch.on_bypass = chosen, on_bypass
+    handle = PrefixSharing(backbones)
+    try:
+        if verify:
+            for backbone in backbones:
+                verify_sharing(backbone)
+    except BaseException:
+        for backbone in fresh:
+            _patch_on(backbone).remove(backbone)
+        raise
+    if is_trainer(target):
+        MetricsLog.remove_from(target)
+    if log_metrics:
+        handle._metrics = MetricsLog(target, handle)
+    logger.info("prefix sharing enabled on %s, backend %s", type(models[0]).__name__, chosen.name)
+    return handle
+
+
+def disable_prefix_sharing(target: Any) -> None:
+    """Undo `enable_prefix_sharing` without its handle; fine on a target that is not patched.
+
+    Args:
+        target: what `enable_prefix_sharing` takes.
+
+    Raises:
+        TypeError: `target` holds no `PreTrainedModel`.
+    """
+    for model in _models(target):
+        backbone = _backbone(_unwrap(model, check=False))
+        patch = patch_of(backbone)
+        if patch is not None:
+            patch.remove(backbone)
+    if is_trainer(target):
+        MetricsLog.remove_from(target)
+
+
+def _backend(name: str) -> Backend:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}, but must be 'auto' or one of {sorted(BACKENDS)}")
+    return BACKENDS["sdpa" if name == "auto" else name]
+
+
+def _models(target: Any) -> list[Any]:
+    return models_of(target) if is_trainer(target) else [target]
+
+
+def _unwrap(target: Any, check: bool = True) -> PreTrainedModel:
+    """The `PreTrainedModel` inside PEFT, DDP, FSDP, DeepSpeed and compiled wrappers."""
+    inner = target
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            if check:
+                check_peft(inner)
+            inner = inner.get_base_model()
+            continue
+        wrapped = [getattr(inner, name, None) for name in ("_orig_mod", "module")]
+        inner = next((x for x in wrapped if isinstance(x, nn.Module)), None)
+        if inner is None:
+            raise TypeError(
+                f"target is a {type(target).__name__}, but a transformers PreTrainedModel, a "
+                "wrapper of one (PEFT, DDP, FSDP, torch.compile) or a Trainer is needed; load a "
+                "model that is given as a string first"
+            )
+    return inner
+
+
+def _backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder stack: what every trainer and head calls, whatever they do to the model."""
+    return cast(PreTrainedModel, model.base_model)
+
+
+def _patch_on(backbone: PreTrainedModel) -> BackbonePatch:
+    patch = patch_of(backbone)
+    assert patch is not None
+    return patch

@@ -1,0 +1,47 @@
+"""Counters that say what sharing did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hf_prefix_patch.tree import PrefixTree
+
+
+@dataclass
+class SharingStats:
+    """What the shared calls of one or more decoder stacks added up to.
+
+    Attributes:
+        row_tokens: real tokens in the rows of all shared calls.
+        padded_tokens: cells in those rows, what the decoder would have run on.
+        packed_tokens: tokens that the decoder ran on.
+        calls: shared calls.
+        bypassed: calls that ran as they were, by reason.
+    """
+
+    row_tokens: int = 0
+    padded_tokens: int = 0
+    packed_tokens: int = 0
+    calls: int = 0
+    bypassed: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def sharing_ratio(self) -> float:
+        """Real tokens in rows per packed token; 1.0 while nothing was shared."""
+        return self.row_tokens / self.packed_tokens if self.packed_tokens else 1.0
+
+    def add(self, tree: PrefixTree) -> None:
+        self.row_tokens += tree.row_tokens
+        self.padded_tokens += tree.padded_tokens
+        self.packed_tokens += tree.packed_tokens
+        self.calls += 1
+
+    def __add__(self, other: SharingStats) -> SharingStats:
+        return SharingStats(
+            self.row_tokens + other.row_tokens,
+            self.padded_tokens + other.padded_tokens,
+            self.packed_tokens + other.packed_tokens,
+            self.calls + other.calls,
+            self.bypassed + other.bypassed,
+        )

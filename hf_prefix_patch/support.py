@@ -1,0 +1,204 @@
+"""What cannot be shared: models refused at enable time, calls bypassed at run time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+# Inputs of a decoder stack that do not change its hidden states.
+_INERT_INPUTS = {"labels", "shift_labels", "num_items_in_batch"}
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a model whose packed row could differ from its rows.
+
+    Raises:
+        NotImplementedError: names the feature and what to do about it.
+    """
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refusal(name, "is an encoder-decoder", "sharing needs a decoder-only model")
+    if config.get_text_config() is not config:
+        raise _refusal(
+            name,
+            "is a composite (vision- or audio-language) model",
+            "sharing needs a text-only decoder",
+        )
+    if getattr(model, "_is_stateful", False):
+        raise _refusal(
+            name,
+            "has recurrent layers, whose state would carry the chosen response into the rejected",
+            "sharing needs attention layers only",
+        )
+    others = sorted(set(layer_types(config)) - SHARED_LAYER_TYPES)
+    if others:
+        raise _refusal(
+            name, f"has layers of type {others}", f"sharing needs {sorted(SHARED_LAYER_TYPES)}"
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise _refusal(
+            name,
+            "does not call its attention through transformers' attention registry "
+            "(_supports_attention_backend is false)",
+            "sharing needs that; try a newer transformers",
+        )
+    if getattr(config, "is_causal", True) is False or getattr(
+        config, "use_bidirectional_attention", False
+    ):
+        raise _refusal(name, "uses bidirectional attention", "sharing needs causal attention")
+    if any(getattr(module, "sinks", None) is not None for module in model.modules()):
+        raise _refusal(
+            name, "has attention sinks", "no prefix-sharing backend of this version serves them"
+        )
+    unsloth = next((m for m in model.modules() if _is_unsloth(m)), None)
+    if unsloth is not None:
+        raise _refusal(
+            name,
+            f"was patched by Unsloth ({type(unsloth).__name__}), whose fast forward drops the "
+            "attention mask",
+            "load it with transformers' own classes",
+        )
+    if has_neftune(model):
+        raise _refusal(
+            name,
+            "has NEFTune noise on its embeddings, whose size depends on the row length",
+            "set neftune_noise_alpha=None",
+        )
+
+
+def check_peft(peft_model: Any) -> None:
+    """Refuse PEFT methods that act on positions of a row.
+
+    Raises:
+        NotImplementedError: prompt learning or aLoRA.
+    """
+    for adapter, config in peft_model.peft_config.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise _refusal(
+                f"adapter {adapter!r}",
+                f"is prompt learning ({type(config).__name__}), which adds virtual tokens to every "
+                "row",
+                "use LoRA or another method that changes weights",
+            )
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            raise _refusal(
+                f"adapter {adapter!r}",
+                "is an activated LoRA (aLoRA), which switches on inside each row",
+                "set alora_invocation_tokens=None",
+            )
+
+
+def layer_types(config: Any) -> list[str]:
+    """Type of each decoder layer, from what the config says."""
+    named = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if named:
+        return ["full_attention" if kind == "attention" else kind for kind in named]
+    kind = "sliding_attention" if sliding_window(config) else "full_attention"
+    return [kind] * config.num_hidden_layers
+
+
+def sliding_window(config: Any) -> int | None:
+    """Keys that a query of a sliding layer sees, its own included."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def has_neftune(model: PreTrainedModel) -> bool:
+    """Whether the embeddings carry NEFTune's mark (transformers sets it when training begins)."""
+    return getattr(model.get_input_embeddings(), "neftune_noise_alpha", None) is not None
+
+
+def has_experts(config: Any) -> bool:
+    """Whether the model routes tokens to experts."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)
+
+
+def rope_depends_on_length(config: Any) -> bool:
+    """Whether the rotary frequencies depend on the longest position of the call."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    entries = [parameters or {}, *(x for x in (parameters or {}).values() if isinstance(x, dict))]
+    kinds = {str(entry.get("rope_type", entry.get("type"))) for entry in entries}
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
+def bypass_reason(backbone: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
+    """Why this call must run as it is; None if its rows can be packed.
+
+    Args:
+        backbone: the decoder stack.
+        inputs: its keyword arguments, `input_ids` `[R, L]` among them.
+    """
+    return next(_bypass_reasons(backbone, inputs), None)
+
+
+def _bypass_reasons(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Iterator[str]:
+    config, ids = backbone.config, inputs.get("input_ids")
+    if ids is None or inputs.get("inputs_embeds") is not None:
+        yield "inputs_embeds"
+        return
+    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
+        yield "key/value cache"
+    if asks_for_cache_by_default(backbone, inputs):
+        yield "key/value cache by default"
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+        yield "attention mask that is not [rows, length]"
+    if positions is not None and positions.shape not in (ids.shape, ids[:1].shape):
+        yield "position_ids that are not [rows, length]"
+    elif mask is None and positions is not None and bool((positions.diff(dim=-1) != 1).any()):
+        yield "several documents in a row"
+    if inputs.get("output_attentions", getattr(config, "output_attentions", False)):
+        yield "output_attentions"
+    known = {"input_ids", "attention_mask", "position_ids", *_INERT_INPUTS}
+    for name, x in inputs.items():
+        if name not in known and isinstance(x, Tensor) and x.ndim > 0:
+            yield f"input {name!r}"
+    if backbone.training and has_neftune(backbone):
+        yield "NEFTune"
+    if _has_alora(backbone):
+        yield "aLoRA adapter"
+    if _context_parallel():
+        yield "context parallel"
+
+
+def asks_for_cache_by_default(backbone: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    """Whether the call, outside training, would return a cache only because the config says so."""
+    implicit = inputs.get("use_cache") is None and getattr(backbone.config, "use_cache", False)
+    return bool(implicit) and not (backbone.training or torch.is_grad_enabled())
+
+
+def _is_unsloth(module: nn.Module) -> bool:
+    return getattr(module.forward, "__module__", "").split(".")[0].startswith("unsloth")
+
+
+def _has_alora(backbone: nn.Module) -> bool:
+    """Looks at the first decoder layer only: this runs on every call."""
+    layers = next((m for m in backbone.children() if isinstance(m, nn.ModuleList)), None)
+    if not layers:
+        return False
+    return any(
+        type(variant).__name__.startswith("ALora")
+        for module in layers[0].modules()
+        for variant in getattr(module, "lora_variant", {}).values()
+    )
+
+
+def _context_parallel() -> bool:
+    """Whether accelerate splits rows over processes (context or sequence parallelism)."""
+    state = sys.modules.get("accelerate.state")
+    shared = state.AcceleratorState._shared_state if state else {}
+    plan = shared.get("parallelism_config")
+    return any((getattr(plan, name, None) or 1) > 1 for name in ("cp_size", "sp_size"))
+
+
+def _refusal(what: str, has: str, need: str) -> NotImplementedError:
+    return NotImplementedError(f"prefix sharing refused: {what} {has}; {need}")

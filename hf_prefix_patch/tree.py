@@ -1,0 +1,309 @@
+"""PrefixTree: which tokens of a batch of rows are one, and how to pack and unpack them.
+
+Knows numpy and torch, nothing of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ArrayLike = Tensor | np.ndarray | Sequence[Sequence[int]]
+
+_MAX_TOKEN_ID = 2**31 - 1
+_MAX_POSITION = 2**32 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTree:
+    """The plan of one batch: a prefix trie over its rows, laid out as one packed row.
+
+    Two tokens of the batch are one token of the packed row when everything before them in their
+    rows is the same *and* they stand at the same position. The trie is cut into segments where it
+    branches and where a row ends; segments are laid out depth-first, a parent before its children.
+
+    Build it with `PrefixTree.from_rows`. `R` is the number of rows, `L` their padded length, `T`
+    the number of real tokens in them, `N` the number of packed tokens, `S` of segments, `K` of
+    key/value rows.
+
+    Attributes:
+        num_rows: `R`.
+        row_length: `L`.
+        source: `[N]` int64, the cell (`row * L + column`) that each packed token is read from.
+        cell: `[T]` int64, the cells that hold a real token, in row order.
+        packed_index: `[T]` int64, the packed position of the token in each of those cells.
+        position_ids: `[1, N]` int64, the position of each packed token.
+        kv_index: `[K]` int64, root-to-segment paths end to end, as packed positions.
+        cu_seqlens_q: `[S+1]` int32, segment boundaries in the packed row.
+        cu_seqlens_k: `[S+1]` int32, path boundaries in `kv_index`.
+        parents: `S` ints, the parent of each segment, -1 for a root.
+        segment_lengths: `S` ints, tokens in each segment.
+
+    Example:
+        >>> tree = PrefixTree.from_rows([[5, 6, 7, 8], [5, 6, 9, 0]], [[1, 1, 1, 1], [1, 1, 1, 0]])
+        >>> tree.row_tokens, tree.padded_tokens, tree.packed_tokens
+        (7, 8, 5)
+        >>> rows = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]])
+        >>> tree.pack(rows)
+        tensor([[5, 6, 7, 8, 9]])
+        >>> tree.unpack(tree.pack(rows))
+        tensor([[5, 6, 7, 8],
+                [5, 6, 9, 0]])
+        >>> tree.cu_seqlens_q.tolist(), tree.kv_index.tolist()
+        ([0, 2, 4, 5], [0, 1, 0, 1, 2, 3, 0, 1, 4])
+    """
+
+    num_rows: int
+    row_length: int
+    source: Tensor
+    cell: Tensor
+    packed_index: Tensor
+    position_ids: Tensor
+    kv_index: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    parents: tuple[int, ...]
+    segment_lengths: tuple[int, ...]
+
+    @classmethod
+    def from_rows(
+        cls,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+    ) -> PrefixTree:
+        """Plan a batch.
+
+        Args:
+            input_ids: `[R, L]` token ids in `[0, 2**31)` at real tokens.
+            attention_mask: `[R, L]`, non-zero at real tokens, which must be contiguous in each row
+                (any side of padding). None: every token is real.
+            position_ids: `[R, L]` or `[1, L]` positions in `[0, 2**32)`. None: the column.
+
+        Returns:
+            The plan, its tensors on the device of `input_ids`.
+
+        Raises:
+            ValueError: shapes that do not fit, a mask with holes, no real token, or an id or
+                position out of range.
+        """
+        device = input_ids.device if isinstance(input_ids, Tensor) else torch.device("cpu")
+        ids, mask, positions = host_rows(input_ids, attention_mask, position_ids)
+        if has_holes(mask):
+            raise ValueError(
+                "attention_mask has a padded cell between real tokens; a prefix tree needs the "
+                "real tokens of each row to be contiguous. Remove the holes or pass the rows "
+                "without sharing."
+            )
+        if not mask.any():
+            raise ValueError(
+                f"attention_mask marks no real token in {mask.shape[0]} rows of {mask.shape[1]}; "
+                "at least one is needed. Leave empty batches out."
+            )
+        _check_range("input_ids", ids[mask], _MAX_TOKEN_ID)
+        _check_range("position_ids", positions[mask], _MAX_POSITION)
+        plan = _plan((ids << 32) | positions, mask)
+        plan["position_ids"] = positions.reshape(1, -1)[:, plan["source"]]
+        parents, lengths = plan.pop("parents"), np.diff(plan["cu_seqlens_q"])
+        return cls(
+            num_rows=ids.shape[0],
+            row_length=ids.shape[1],
+            parents=tuple(parents.tolist()),
+            segment_lengths=tuple(lengths.tolist()),
+            **{name: torch.from_numpy(array).to(device) for name, array in plan.items()},
+        )
+
+    @property
+    def row_tokens(self) -> int:
+        """`T`, real tokens in the rows."""
+        return self.cell.shape[0]
+
+    @property
+    def padded_tokens(self) -> int:
+        """`R * L`, cells in the rows."""
+        return self.num_rows * self.row_length
+
+    @property
+    def packed_tokens(self) -> int:
+        """`N`, tokens in the packed row."""
+        return self.source.shape[0]
+
+    @cached_property
+    def path_lengths(self) -> tuple[int, ...]:
+        """`S` ints: keys on the path of each segment, its own included."""
+        depths: list[int] = []
+        for parent, length in zip(self.parents, self.segment_lengths, strict=True):
+            depths.append(length + (depths[parent] if parent >= 0 else 0))
+        return tuple(depths)
+
+    def to(self, device: torch.device | str) -> PrefixTree:
+        """The same plan with its tensors on `device`."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return PrefixTree(**(values | moved))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[R, L, ...]` rows to the `[1, N, ...]` packed row, each shared prefix once.
+
+        Raises:
+            ValueError: `x` does not begin with `[R, L]`.
+        """
+        self._check_shape(x, (self.num_rows, self.row_length), "rows")
+        return x.flatten(0, 1).index_select(0, self.source).unsqueeze(0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """`[1, N, ...]` packed row to `[R, L, ...]` rows, zeros in the padding.
+
+        Raises:
+            ValueError: `x` does not begin with `[1, N]`.
+        """
+        self._check_shape(x, (1, self.packed_tokens), "the packed row")
+        real = x[0].index_select(0, self.packed_index)
+        if self.row_tokens == self.padded_tokens:
+            rows = real
+        else:
+            rows = real.new_zeros(self.padded_tokens, *x.shape[2:])
+            rows = rows.index_copy(0, self.cell, real)
+        return rows.view(self.num_rows, self.row_length, *x.shape[2:])
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of the packed model call: positions and descriptors.
+
+        Segment `s` holds queries `cu_q[s]:cu_q[s+1]` and attends to keys
+        `kv_index[cu_k[s]:cu_k[s+1]]`, causal, aligned bottom-right.
+
+        Returns:
+            `position_ids` `[1, N]` int64, `tree_kv_index` `[K]` int64, `tree_cu_seqlens_q` and
+            `tree_cu_seqlens_k` `[S+1]` int32, `tree_max_seqlen_q` and `tree_max_seqlen_k` ints.
+        """
+        return {
+            "position_ids": self.position_ids,
+            "tree_kv_index": self.kv_index,
+            "tree_cu_seqlens_q": self.cu_seqlens_q,
+            "tree_cu_seqlens_k": self.cu_seqlens_k,
+            "tree_max_seqlen_q": max(self.segment_lengths),
+            "tree_max_seqlen_k": max(self.path_lengths),
+        }
+
+    def _check_shape(self, x: Tensor, lead: tuple[int, int], what: str) -> None:
+        if tuple(x.shape[:2]) != lead:
+            raise ValueError(
+                f"got a tensor of shape {list(x.shape)}, but {what} of this tree begin with "
+                f"{list(lead)}; pass tensors of the batch that the tree was built from"
+            )
+
+
+def has_holes(mask: np.ndarray) -> bool:
+    """Whether real tokens of some row of the `[R, L]` bool mask are not contiguous."""
+    starts = mask[:, 1:] & ~mask[:, :-1]
+    return bool((starts.sum(1) + mask[:, 0] > 1).any()) if mask.shape[1] else False
+
+
+def host_rows(
+    input_ids: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids int64, mask bool, positions int64 as `[R, L]` arrays; one copy from the device."""
+    ids = _as_rows("input_ids", input_ids)
+    given = [torch.as_tensor(ids)]
+    if attention_mask is not None:
+        given.append(_as_rows("attention_mask", attention_mask, ids.shape).ne(0))
+    if position_ids is not None:
+        given.append(_as_rows("position_ids", position_ids, ids.shape))
+    device = ids.device
+    host = torch.stack([x.to(device, torch.int64) for x in given]).cpu().numpy()
+    rest = iter(host[1:])
+    mask = next(rest).astype(bool) if attention_mask is not None else np.ones(ids.shape, bool)
+    columns = np.tile(np.arange(ids.shape[1]), (ids.shape[0], 1))
+    return host[0], mask, next(rest) if position_ids is not None else columns
+
+
+def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor:
+    rows = torch.as_tensor(x)
+    if rows.ndim == 2 and shape is not None and name == "position_ids":
+        rows = rows.expand(shape) if rows.shape[0] == 1 and rows.shape[1] == shape[1] else rows
+    if rows.ndim != 2 or (shape is not None and rows.shape != shape):
+        need = "[R, L]" if shape is None else f"{list(shape)}, the shape of input_ids"
+        raise ValueError(f"{name} has shape {list(rows.shape)}, but {need} is needed")
+    return rows
+
+
+def _check_range(name: str, values: np.ndarray, largest: int) -> None:
+    if values.min() < 0 or values.max() > largest:
+        raise ValueError(
+            f"{name} of real tokens lie in [{values.min()}, {values.max()}], but must lie in "
+            f"[0, {largest}]; mask the cells that hold no token"
+        )
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading symbols that two 1-D arrays share."""
+    shortest = min(len(a), len(b))
+    differs = a[:shortest] != b[:shortest]
+    first = int(differs.argmax()) if shortest else 0
+    return first if shortest and differs[first] else shortest
+
+
+def _plan(symbols: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """The trie of `[R, L]` symbols (token and position in one int64), as index arrays.
+
+    Rows sorted as byte strings visit the trie depth-first: each row shares with the row before it
+    exactly what it shares with any earlier row, and adds the rest of its path to the packed row.
+    """
+    num_rows, length = symbols.shape
+    starts, sizes = mask.argmax(1), mask.sum(1)
+    tokens = [symbols[r, starts[r] : starts[r] + sizes[r]] for r in range(num_rows)]
+    paths: list[np.ndarray] = [np.empty(0, np.int64)] * num_rows
+    sources: list[np.ndarray] = []
+    branches: list[tuple[int, int, int]] = []  # row, tokens it shares, offset of what it adds
+    cuts, offset = {0}, 0
+    before, before_path = np.empty(0, np.int64), np.empty(0, np.int64)
+    for row in sorted(range(num_rows), key=lambda r: tokens[r].tobytes()):
+        shared = _common_prefix(tokens[row], before)
+        added = len(tokens[row]) - shared
+        path = np.concatenate([before_path[:shared], np.arange(offset, offset + added)])
+        if added:
+            branches.append((row, shared, offset))
+            sources.append(row * length + starts[row] + np.arange(shared, len(path)))
+            cuts.add(offset)
+            if shared:
+                cuts.add(int(path[shared - 1]) + 1)
+        offset += added
+        paths[row], before, before_path = path, tokens[row], path
+    cu_q = np.array(sorted(cuts | {offset}), np.int64)
+    parents, kv_paths = _segments(cu_q, branches, paths)
+    return {
+        "source": np.concatenate(sources),
+        "cell": np.flatnonzero(mask.reshape(-1)),
+        "packed_index": np.concatenate(paths),
+        "kv_index": np.concatenate(kv_paths),
+        "cu_seqlens_q": cu_q.astype(np.int32),
+        "cu_seqlens_k": np.cumsum([0, *map(len, kv_paths)]).astype(np.int32),
+        "parents": np.array(parents, np.int64),
+    }
+
+
+def _segments(
+    cu_q: np.ndarray, branches: list[tuple[int, int, int]], paths: list[np.ndarray]
+) -> tuple[list[int], list[np.ndarray]]:
+    """Parent and root-to-segment path of every segment, in packed order."""
+    parents: list[int] = []
+    kv_paths: list[np.ndarray] = []
+    for row, shared, offset in branches:
+        path = paths[row]
+        first = int(np.searchsorted(cu_q, offset))
+        last = int(np.searchsorted(cu_q, offset + len(path) - shared))
+        for segment in range(first, last):
+            if segment > first:
+                parents.append(segment - 1)
+            elif shared:
+                parents.append(int(np.searchsorted(cu_q, path[shared - 1], side="right")) - 1)
+            else:
+                parents.append(-1)
+            kv_paths.append(path[: shared + int(cu_q[segment + 1]) - offset])
+    return parents, kv_paths

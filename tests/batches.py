@@ -1,0 +1,109 @@
+"""Batches of rows, and what a preference loss reads off a model for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Batch:
+    """`[R, L]` rows; `completion` marks the tokens whose log-probs count."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+def preference_batch(padding: str = "right", seed: int = 0, vocab: int = 50) -> Batch:
+    """Two pairs, chosen rows first. Lengths are ragged; on the left, where rows share only if they
+    start in the same column, the two rows of a pair are equally long."""
+    shapes = [(9, 4, 6), (7, 5, 2)] if padding == "right" else [(9, 4, 4), (7, 5, 5)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(3, vocab, (n,), generator=generator).tolist()
+
+    prompts = [draw(p) for p, _, _ in shapes]
+    chosen = [prompt + draw(c) for prompt, (_, c, _) in zip(prompts, shapes, strict=True)]
+    rejected = [prompt + draw(r) for prompt, (_, _, r) in zip(prompts, shapes, strict=True)]
+    lengths = [p for p, _, _ in shapes] * 2
+    return pad_rows(chosen + rejected, lengths, padding)
+
+
+def pad_rows(
+    rows: list[list[int]], prompt_lengths: list[int], padding: str | list[str], extra: int = 0
+) -> Batch:
+    """Pad to the longest row and `extra` columns more; `padding` is a side, or one for each row."""
+    length = max(map(len, rows)) + extra
+    sides = [padding] * len(rows) if isinstance(padding, str) else padding
+    batch = Batch(*(torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3)))
+    for r, (row, prompt, side) in enumerate(zip(rows, prompt_lengths, sides, strict=True)):
+        start = length - len(row) if side == "left" else 0
+        batch.input_ids[r, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        batch.attention_mask[r, start : start + len(row)] = 1
+        batch.completion[r, start + prompt : start + len(row)] = 1
+    return batch
+
+
+def completion_logps(logits: Tensor, batch: Batch) -> Tensor:
+    """`[R]` summed log-probabilities of the completion tokens of each row."""
+    logps = logits[:, :-1].float().log_softmax(-1)
+    logps = logps.gather(2, batch.input_ids[:, 1:, None])[..., 0]
+    return (logps * batch.completion[:, 1:]).sum(1)
+
+
+def run(model: nn.Module, batch: Batch, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs of every row, and the gradients of a loss in which each row has a weight of its
+    own, so that chosen and rejected gradients cannot cancel or stand for one another."""
+    model.zero_grad(set_to_none=True)
+    output = model(**batch.inputs, **kwargs)
+    logps = completion_logps(output.logits, batch)
+    weights = torch.linspace(1.0, -0.7, len(logps), dtype=logps.dtype)
+    loss = (logps * weights).sum()
+    if getattr(output, "aux_loss", None) is not None:
+        loss = loss + output.aux_loss
+    loss.backward()
+    return logps.detach(), gradients(model)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_run(
+    got: tuple[Tensor, dict[str, Tensor]],
+    want: tuple[Tensor, dict[str, Tensor]],
+    of_model: bool = False,
+) -> None:
+    """Log-probs within 2e-5; each gradient within 2e-5 of its own largest entry, or `of_model`, of
+    the model's: for batches where some gradients are zero in exact arithmetic."""
+    torch.testing.assert_close(got[0], want[0], atol=2e-5, rtol=2e-5)
+    assert got[1].keys() == want[1].keys()
+    sizes = {name: gradient.abs().max().item() for name, gradient in want[1].items()}
+    largest = max(sizes.values())
+    assert largest > 0
+    for name, gradient in want[1].items():
+        scale = largest if of_model or sizes[name] == 0 else sizes[name]
+        error = (got[1][name] - gradient).abs().max().item()
+        assert error <= 2e-5 * scale, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+class LayerTokens:
+    """Tokens that the first decoder layer saw, a shape a call; proof of which path ran."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        layer = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0]
+        layer.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.shapes.append(tuple(hidden.shape[:2]))

@@ -1,0 +1,315 @@
+"""Enabling and disabling: what changes, and that nothing is left."""
+
+import copy
+import gc
+import logging
+import pickle
+import weakref
+
+import pytest
+import torch
+from batches import LayerTokens, assert_same_run, preference_batch, run
+from families import tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hf_prefix_patch import disable_prefix_sharing, enable_prefix_sharing
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        return model(**batch.inputs, use_cache=False).logits
+
+
+def footprint(model):
+    """Everything that a patch may touch."""
+    return {
+        "hooks": [
+            (
+                name,
+                len(m._forward_pre_hooks),
+                len(m._forward_hooks),
+                len(m._forward_hooks_with_kwargs),
+            )
+            for name, m in model.named_modules()
+        ],
+        "attributes": {name: sorted(m.__dict__) for name, m in model.named_modules()},
+        "configs": {
+            name: id(m.config) for name, m in model.named_modules() if hasattr(m, "config")
+        },
+        "state": list(model.state_dict()),
+        "config": model.config.to_dict(),
+    }
+
+
+@pytest.mark.parametrize("how", ["handle", "with", "disable"])
+def test_four_beats(how):
+    """Unpatched, patched, undone: bit-equal again and nothing left, then patched once more."""
+    model, batch = tiny_model(), preference_batch()
+    model(**batch.inputs, output_hidden_states=True)  # transformers installs hooks of its own
+    before, want = footprint(model), outputs(model, batch)
+    if how == "with":
+        with enable_prefix_sharing(model) as sharing:
+            outputs(model, batch)
+    else:
+        sharing = enable_prefix_sharing(model)
+        outputs(model, batch)
+        sharing.remove() if how == "handle" else disable_prefix_sharing(model)
+    assert sharing.stats.calls == 1
+    assert torch.equal(outputs(model, batch), want)
+    assert sharing.stats.calls == 1
+    assert footprint(model) == before
+    with enable_prefix_sharing(model) as again:
+        outputs(model, batch)
+    assert again.stats.calls == 1
+
+
+def test_the_model_keeps_its_config_while_patched():
+    model = tiny_model()
+    config, keys = model.config.to_dict(), list(model.state_dict())
+    with enable_prefix_sharing(model):
+        assert model.config.to_dict() == config
+        assert model.config._attn_implementation == "sdpa"
+        assert list(model.state_dict()) == keys
+
+
+def test_enabling_twice_is_enabling_once():
+    model, batch = tiny_model(), preference_batch()
+    first = enable_prefix_sharing(model)
+    before = footprint(model)
+    second = enable_prefix_sharing(model, on_bypass="ignore")
+    assert footprint(model) == before
+    outputs(model, batch)
+    assert first.stats is second.stats
+    assert first.stats.calls == 1
+    second.remove()
+    first.remove()
+    disable_prefix_sharing(model)
+    assert not model.model._forward_pre_hooks
+
+
+def test_an_old_handle_does_not_remove_a_newer_patch():
+    model, batch = tiny_model(), preference_batch()
+    old = enable_prefix_sharing(model)
+    old.remove()
+    with enable_prefix_sharing(model) as new:
+        old.remove()
+        outputs(model, batch)
+    assert new.stats.calls == 1
+    assert "removed" in repr(new)
+
+
+def test_an_exception_in_forward_leaves_the_model_usable():
+    model, batch = tiny_model(), preference_batch()
+    want = outputs(model, batch)
+
+    def fail(*_):
+        raise MemoryError("out of memory")
+
+    with enable_prefix_sharing(model):
+        failing = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            outputs(model, batch)
+        failing.remove()
+        real = batch.attention_mask.bool()
+        got = outputs(model, batch)
+        torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-4)
+    assert torch.equal(outputs(model, batch), want)
+
+
+def test_a_deep_copy_runs_its_own_weights():
+    model, batch = tiny_model(), preference_batch()
+    sharing = enable_prefix_sharing(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.3)
+    got = run(copied, batch)
+    assert sharing.stats.calls == 0
+    assert copied.model._prefix_sharing.stats.calls == 1
+    disable_prefix_sharing(copied)
+    assert_same_run(got, run(copied, batch))
+    assert not copied.model._forward_pre_hooks
+    outputs(model, batch)
+    assert sharing.stats.calls == 1
+
+
+def test_pickle():
+    model, batch = tiny_model(), preference_batch()
+    enable_prefix_sharing(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    seen = LayerTokens(loaded)
+    got = run(loaded, batch)
+    assert seen.shapes[0][0] == 1
+    disable_prefix_sharing(loaded)
+    assert_same_run(got, run(loaded, batch))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generate_is_bit_equal(attention):
+    model = tiny_model(attention=attention).eval()
+    batch = preference_batch("left")
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True}
+    want = model.generate(**batch.inputs, **options, return_dict_in_generate=True)
+    with enable_prefix_sharing(model) as sharing:
+        got = model.generate(**batch.inputs, **options, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, want.sequences)
+    assert all(map(torch.equal, got.logits, want.logits))
+    assert set(sharing.stats.bypassed) == {"key/value cache"}
+
+
+def test_save_pretrained(tmp_path):
+    """A patched model saves what an unpatched one saves."""
+    model, batch = tiny_model(), preference_batch()
+    model.save_pretrained(tmp_path / "plain")
+    with enable_prefix_sharing(model):
+        model.save_pretrained(tmp_path / "patched")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (
+            tmp_path / "patched" / name
+        ).read_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    assert torch.equal(outputs(loaded, batch), outputs(model, batch))
+
+
+def test_a_model_built_from_the_config_is_unpatched():
+    model = tiny_model()
+    with enable_prefix_sharing(model):
+        other = type(model)(model.config)
+    assert other.model.layers[0].self_attn.config is other.config
+    assert not other.model._forward_pre_hooks
+
+
+def test_reference_forward_between_forward_and_backward():
+    """Interleaved calls keep their own plans, checkpointed layers included."""
+    model, batch, other = tiny_model(), preference_batch(), preference_batch(seed=5)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+
+    def interleaved():
+        model.zero_grad()
+        loss = model(**batch.inputs).logits[batch.completion.bool()].logsumexp(-1).sum()
+        outputs(model, other)
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    want = interleaved()
+    with enable_prefix_sharing(model) as sharing:
+        got = interleaved()
+    assert sharing.stats.calls == 2
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_two_models_do_not_touch_each_other():
+    model, other, batch = tiny_model(), tiny_model("qwen3"), preference_batch()
+    with enable_prefix_sharing(model) as sharing:
+        want = outputs(other, batch)
+        with enable_prefix_sharing(other) as other_sharing:
+            outputs(other, batch)
+            outputs(model, batch)
+        assert torch.equal(outputs(other, batch), want)
+        outputs(model, batch)
+    assert (sharing.stats.calls, other_sharing.stats.calls) == (2, 1)
+
+
+def test_the_plan_is_remembered_for_the_same_tensors_only(monkeypatch):
+    from hf_prefix_patch import hooks
+
+    grown = []
+    original = hooks._grow
+    monkeypatch.setattr(hooks, "_grow", lambda *rows: grown.append(1) or original(*rows))
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(model, verify=False):
+        first = outputs(model, batch)
+        outputs(model, batch)
+        assert len(grown) == 1
+        batch.input_ids[:, 2] += 1  # in place: the same tensor holds another batch
+        assert not torch.equal(outputs(model, batch), first)
+        assert len(grown) == 2
+        outputs(model, preference_batch())
+        assert len(grown) == 3
+        with torch.inference_mode():  # no version counter, so never remembered
+            fresh = preference_batch()
+            outputs(model, fresh)
+            outputs(model, fresh)
+        assert len(grown) == 5
+
+
+def test_the_memory_of_a_plan_does_not_keep_the_batch():
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(model):
+        outputs(model, batch)
+    ids = weakref.ref(batch.input_ids)
+    del batch
+    gc.collect()
+    assert ids() is None
+
+
+def test_wrappers_are_seen_through():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(Wrapper(torch.compile(model, backend="eager"))) as sharing:
+        outputs(model, batch)
+    assert sharing.stats.calls == 1
+    with enable_prefix_sharing(model.model) as sharing:  # the decoder stack itself
+        outputs(model, batch)
+    assert sharing.stats.calls == 1
+
+
+def test_sequence_classification():
+    """A reward model: the head reads rows."""
+    from transformers import LlamaForSequenceClassification
+
+    config = tiny_model().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    model, batch = LlamaForSequenceClassification(config).train(), preference_batch()
+    want = model(**batch.inputs).logits
+    with enable_prefix_sharing(model) as sharing:
+        torch.testing.assert_close(model(**batch.inputs).logits, want, atol=2e-5, rtol=2e-5)
+    assert sharing.stats.calls == 1
+
+
+def test_stats():
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(model) as sharing:
+        assert sharing.stats.sharing_ratio == 1.0
+        outputs(model, batch)
+        outputs(model, batch)
+    stats = sharing.stats
+    assert stats.padded_tokens == 2 * batch.input_ids.numel()
+    assert stats.row_tokens == 2 * int(batch.attention_mask.sum())
+    assert stats.packed_tokens == 2 * (9 + 4 + 6 + 7 + 5 + 2)
+    assert stats.sharing_ratio == stats.row_tokens / stats.packed_tokens
+
+
+def test_backend_is_named_and_logged(caplog):
+    model = tiny_model()
+    with caplog.at_level(logging.INFO, "hf_prefix_patch"), enable_prefix_sharing(model) as sharing:
+        assert sharing.backend == "sdpa"
+    assert "enabled on LlamaForCausalLM, backend sdpa" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "magic"}, ValueError, r"backend is 'magic', but must be 'auto' or one of"),
+        ({"on_bypass": "shout"}, ValueError, r"on_bypass is 'shout', but must be one of"),
+        ({"log_metrics": True}, ValueError, r"needs a trainer, but target is a LlamaForCausalLM"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        enable_prefix_sharing(tiny_model(), **options)
+
+
+@pytest.mark.parametrize("target", ["HuggingFaceTB/SmolLM2-135M", None, nn.Linear(2, 2)])
+def test_bad_targets(target):
+    for function in (enable_prefix_sharing, disable_prefix_sharing):
+        with pytest.raises(TypeError, match="a transformers PreTrainedModel, a wrapper of one"):
+            function(target)

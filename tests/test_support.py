@@ -1,0 +1,301 @@
+"""Refusals at enable time, and bypasses that run exactly the original."""
+
+import sys
+import types
+
+import pytest
+import torch
+import transformers
+from batches import pad_rows, preference_batch
+from families import tiny_model
+from transformers.integrations.neftune import neftune_post_forward_hook
+
+from hf_prefix_patch import enable_prefix_sharing
+from hf_prefix_patch.support import layer_types, rope_depends_on_length, sliding_window
+
+_SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def build(name, **config):
+    return getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**config)
+    )
+
+
+def refused_models():
+    bidirectional = tiny_model("gemma3", use_bidirectional_attention=True)
+    noisy = tiny_model()
+    noisy.get_input_embeddings().neftune_noise_alpha = 5.0
+    unsloth = tiny_model()
+    forward = types.FunctionType(
+        (lambda self, x: x).__code__, {"__name__": "unsloth.models.llama"}, "fast_forward"
+    )
+    unsloth.model.layers[0].self_attn.forward = types.MethodType(
+        forward, unsloth.model.layers[0].self_attn
+    )
+    t5 = transformers.T5Config(
+        vocab_size=40, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2
+    )
+    qwen35 = {**_SMALL, "layer_types": ["linear_attention", "full_attention"]}
+    chunked = {**_SMALL, "layer_types": ["chunked_attention", "full_attention"]}
+    return {
+        "encoder-decoder": (transformers.T5ForConditionalGeneration(t5), "an encoder-decoder"),
+        "recurrent": (
+            build("Mamba", vocab_size=40, hidden_size=16, num_hidden_layers=1),
+            "recurrent",
+        ),
+        "hybrid": (build("Qwen3Next", **qwen35, num_experts=0), "recurrent layers, whose state"),
+        "layer type": (tiny_model("llama", **chunked), r"layers of type \['chunked_attention'\]"),
+        "no registry": (
+            build("GPTJ", vocab_size=40, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
+            "attention registry",
+        ),
+        "bidirectional": (bidirectional, "bidirectional attention"),
+        "sinks": (
+            build("GptOss", **_SMALL, num_local_experts=2, num_experts_per_tok=1),
+            "attention sinks",
+        ),
+        "NEFTune": (noisy, "NEFTune noise"),
+        "Unsloth": (unsloth, r"patched by Unsloth \(LlamaAttention\)"),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "encoder-decoder",
+        "recurrent",
+        "hybrid",
+        "layer type",
+        "no registry",
+        "bidirectional",
+        "sinks",
+        "NEFTune",
+        "Unsloth",
+    ],
+)
+def test_refused_models(kind):
+    """NotImplementedError that says what and why, and a model left as it was."""
+    model, message = refused_models()[kind]
+    with pytest.raises(NotImplementedError, match=message):
+        enable_prefix_sharing(model)
+    assert not model.base_model._forward_pre_hooks
+    assert not hasattr(model.base_model, "_prefix_sharing")
+
+
+def test_vision_language_models_are_refused():
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**_SMALL),
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ),
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    with pytest.raises(NotImplementedError, match="composite"):
+        enable_prefix_sharing(model)
+
+
+def call(model, **changes):
+    batch = preference_batch()
+    with torch.no_grad():
+        return model(**{**batch.inputs, "use_cache": False, **changes}).logits
+
+
+def four_d_mask():
+    mask = preference_batch().attention_mask
+    causal = torch.ones(mask.shape[1], mask.shape[1]).tril().bool()
+    visible = causal & mask[:, None, None].bool()
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
+def holes():
+    mask = preference_batch().attention_mask.clone()
+    mask[0, 3] = 0
+    return mask
+
+
+BYPASSED = {
+    "key/value cache": {"use_cache": True},
+    "attention mask that is not [rows, length]": {"attention_mask": four_d_mask()},
+    "attention mask with holes": {"attention_mask": holes()},
+    "output_attentions": {"output_attentions": True},
+    "inputs_embeds": {
+        "input_ids": None,
+        "inputs_embeds": torch.randn(4, 15, 32, generator=torch.Generator().manual_seed(0)),
+    },
+    "input 'token_type_ids'": {"token_type_ids": torch.zeros(4, 15, dtype=torch.long)},
+    "several documents in a row": {
+        "attention_mask": None,
+        "position_ids": torch.tensor([[*range(8), *range(7)]]).expand(4, -1),
+    },
+    "position_ids that are not [rows, length]": {
+        "position_ids": torch.arange(15).expand(2, -1)[:, None, :].expand(2, 4, -1)[0]
+    },
+}
+
+
+@pytest.mark.parametrize("reason", [r for r in BYPASSED if not r.startswith("position_ids")])
+def test_bypassed_calls_run_exactly_the_original(reason):
+    attention = "eager" if reason == "output_attentions" else "sdpa"
+    model = tiny_model(attention=attention)
+    want = call(model, **BYPASSED[reason])
+    with enable_prefix_sharing(model) as sharing:
+        assert torch.equal(call(model, **BYPASSED[reason]), want)
+        assert sharing.stats.bypassed == {reason: 1}
+        call(model)
+    assert sharing.stats.calls == 1
+
+
+def test_rows_alike_but_nothing_to_gain():
+    model = tiny_model()
+    ids = torch.tensor([[3, 4, 5], [4, 5, 6]])
+    want = call(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    with enable_prefix_sharing(model) as sharing:
+        got = call(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert torch.equal(got, want)
+    assert sharing.stats.bypassed == {"nothing to gain": 1}
+
+
+def test_rows_without_a_real_token():
+    model = tiny_model()
+    nothing = torch.zeros(4, 15, dtype=torch.long)
+    with enable_prefix_sharing(model) as sharing:
+        call(model, attention_mask=nothing)
+    assert sharing.stats.bypassed == {"no real token": 1}
+
+
+def test_neftune_switched_on_later():
+    """Noise in training is bypassed; in evaluation there is none, and rows are shared."""
+    model = tiny_model()
+    with enable_prefix_sharing(model) as sharing:
+        embeddings = model.get_input_embeddings()
+        embeddings.neftune_noise_alpha = 5.0
+        hook = embeddings.register_forward_hook(neftune_post_forward_hook)
+        torch.manual_seed(0)
+        got = call(model)
+        model.eval()
+        call(model)
+        assert (sharing.stats.bypassed, sharing.stats.calls) == ({"NEFTune": 1}, 1)
+    torch.manual_seed(0)
+    assert torch.equal(call(model.train()), got)
+    hook.remove()
+
+
+def test_context_parallel(monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    model = tiny_model()
+    with enable_prefix_sharing(model) as sharing:
+        plan = types.SimpleNamespace(cp_size=2, sp_size=1)
+        monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
+        call(model)
+        monkeypatch.undo()
+        call(model)
+    assert sharing.stats.bypassed == {"context parallel": 1}
+    assert sharing.stats.calls == 1
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_frequencies_that_depend_on_the_length(kind):
+    """Padding beyond the longest row changes the frequencies of every row, so it is bypassed;
+    the same rows without it share and are equal."""
+    factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4} if kind == "longrope" else {}
+    rope = {
+        "rope_type": kind,
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 12,
+        **factors,
+    }
+    model = tiny_model("phi3" if factors else "llama", rope_parameters=rope).eval()
+    rows = [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [3, 4, 5, 6, 7, 8]]
+    tight, wide = pad_rows(rows, [3, 3], "right"), pad_rows(rows, [3, 3], "right", extra=8)
+    want = [model(**b.inputs, use_cache=False).logits for b in (tight, wide)]
+    with enable_prefix_sharing(model) as sharing:
+        got = [model(**b.inputs, use_cache=False).logits for b in (tight, wide)]
+    real = tight.attention_mask.bool()
+    torch.testing.assert_close(got[0][real], want[0][real], atol=1e-5, rtol=1e-4)
+    assert torch.equal(got[1], want[1])
+    assert sharing.stats.calls == 1
+    assert sharing.stats.bypassed == {"rotary frequencies that depend on padding": 1}
+
+
+def test_cache_by_default_outside_training():
+    """A plain evaluation call asks for a cache by default: exact, and said once."""
+    model, batch = tiny_model().eval(), preference_batch()
+    with enable_prefix_sharing(model) as sharing, torch.no_grad():
+        with pytest.warns(UserWarning, match="pass use_cache=False to share it"):
+            output = model(**batch.inputs)
+        assert output.past_key_values is not None
+        model(**batch.inputs)  # warnings are errors here: it warned once
+        assert sharing.stats.bypassed == {"key/value cache by default": 2}
+        model(**batch.inputs, use_cache=False)
+        assert sharing.stats.calls == 1
+        model.train()(**batch.inputs)
+        assert sharing.stats.calls == 2
+
+
+def test_training_bypass_warns_once_a_reason():
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(model) as sharing:
+        with pytest.warns(UserWarning, match="bypassed: attention mask with holes"):
+            model(input_ids=batch.input_ids, attention_mask=holes())
+        model(input_ids=batch.input_ids, attention_mask=holes())
+        with pytest.warns(UserWarning, match="bypassed: input 'token_type_ids'"):
+            model(**batch.inputs, token_type_ids=torch.zeros_like(batch.input_ids))
+    assert sharing.stats.bypassed.total() == 3
+
+
+def test_bypass_may_be_ignored_or_raise():
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(model, on_bypass="ignore"):
+        model(input_ids=batch.input_ids, attention_mask=holes())
+    with enable_prefix_sharing(model, on_bypass="raise") as sharing:
+        with pytest.raises(RuntimeError, match="bypassed: attention mask with holes"):
+            model(input_ids=batch.input_ids, attention_mask=holes())
+        call(model, attention_mask=holes())  # not a training call
+        ids = torch.tensor([[3, 4], [4, 3]])
+        model(input_ids=ids)  # nothing to gain is no failure
+    assert sharing.stats.bypassed["nothing to gain"] == 1
+
+
+def test_training_that_shares_nothing_is_said_loudly():
+    model = tiny_model()
+    ids = torch.tensor([[3, 4, 5], [4, 5, 6]])
+    with enable_prefix_sharing(model):
+        for _ in range(7):
+            model(input_ids=ids)
+        with pytest.warns(UserWarning, match="first 8 training batches shared no token"):
+            model(input_ids=ids)
+        model(input_ids=ids)
+    with enable_prefix_sharing(model):
+        model(**preference_batch().inputs)
+        for _ in range(9):
+            model(input_ids=ids)
+
+
+def test_what_configs_say_about_layers():
+    assert layer_types(tiny_model().config) == ["full_attention"] * 2
+    assert layer_types(tiny_model("mistral-window").config) == ["sliding_attention"] * 2
+    windowed = tiny_model("qwen2-window").config
+    assert layer_types(windowed) == ["sliding_attention", "full_attention"]
+    assert (sliding_window(windowed), sliding_window(tiny_model("qwen2").config)) == (5, None)
+    assert not rope_depends_on_length(windowed)
+    assert rope_depends_on_length(types.SimpleNamespace(rope_scaling={"type": "dynamic"}))
+    nested = {"full_attention": {"rope_type": "longrope"}, "sliding_attention": {}}
+    assert rope_depends_on_length(types.SimpleNamespace(rope_parameters=nested))
+
+
+def test_trl_is_not_imported_by_the_library():
+    code = "import hf_prefix_patch, sys; sys.exit('trl' in sys.modules or 'peft' in sys.modules)"
+    import subprocess
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,115 @@
+"""The check at enable time finds what it is there to find, and touches nothing."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+
+from hf_prefix_patch import attention, enable_prefix_sharing
+from hf_prefix_patch.tree import PrefixTree
+
+
+def enable_with(monkeypatch, model, **changes):
+    """Enable with a changed sdpa backend."""
+    changed = dataclasses.replace(attention.BACKENDS["sdpa"], **changes)
+    monkeypatch.setitem(attention.BACKENDS, "sdpa", changed)
+    return enable_prefix_sharing(model)
+
+
+def leaking_plan(tree: PrefixTree):
+    """Every segment sees all that stands before it in the packed row, other branches included."""
+    paths = [tuple(range(s + 1)) for s in range(len(tree.parents))]
+    return {"tree_segments": tuple(zip(tree.segment_lengths, paths, strict=True))}
+
+
+def forgetful_plan(tree: PrefixTree):
+    """Every segment sees itself alone: responses lose their prompt."""
+    return {"tree_segments": tuple((n, (s,)) for s, n in enumerate(tree.segment_lengths))}
+
+
+@pytest.mark.parametrize("plan", [leaking_plan, forgetful_plan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_wrong_attention_is_found_and_the_model_restored(monkeypatch, plan, dtype, family):
+    model = tiny_model(family, "eager").to(dtype)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    want = model(input_ids=ids).logits
+    with pytest.raises(RuntimeError, match=r"hidden states of .* differ .* the model was restored"):
+        enable_with(monkeypatch, model, plan=plan)
+    assert not model.base_model._forward_pre_hooks
+    assert model.base_model.layers[0].self_attn.config is model.config
+    assert torch.equal(model(input_ids=ids).logits, want)
+
+
+def test_small_initial_weights_do_not_hide_a_leak(monkeypatch):
+    """The usual random initialisation, where attention is nearly uniform."""
+    with pytest.raises(RuntimeError, match="verification of prefix sharing failed"):
+        enable_with(monkeypatch, tiny_model(initializer_range=0.02), plan=leaking_plan)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(f, d) for f in FAMILIES for d in (torch.float32, torch.bfloat16, torch.float16)]
+    + [("llama", torch.float64)],
+)
+def test_right_attention_passes_in_every_dtype(family, dtype):
+    enable_prefix_sharing(tiny_model(family, "eager").to(dtype)).remove()
+
+
+def test_wrong_positions_are_found(monkeypatch):
+    """The plan's positions count in the packed row: rejected responses move."""
+    monkeypatch.setattr(
+        PrefixTree,
+        "model_kwargs",
+        lambda self: {"position_ids": torch.arange(self.packed_tokens)[None]},
+    )
+    with pytest.raises(RuntimeError, match="verification of prefix sharing failed"):
+        enable_prefix_sharing(tiny_model())
+
+
+def test_layers_that_do_not_call_the_registry_are_found(monkeypatch):
+    """Attention modules that kept their config run their own attention on the packed row."""
+    from hf_prefix_patch import hooks
+
+    monkeypatch.setattr(hooks, "_swap_attention_configs", lambda backbone: None)
+    with pytest.raises(RuntimeError, match="did not run shared attention"):
+        enable_prefix_sharing(tiny_model())
+
+
+def test_windows_in_the_mask_alone_are_refused():
+    """A layer that hands on no window, where the config has one too long for a short batch."""
+    model = tiny_model("mistral-window", sliding_window=4000)
+    enable_prefix_sharing(model).remove()
+    for layer in model.model.layers:
+        layer.self_attn.config = copy.copy(model.config)
+        layer.self_attn.config.sliding_window = None
+    with pytest.raises(NotImplementedError, match=r"windows \[None, None\] .* \[4000, 4000\]"):
+        enable_prefix_sharing(model)
+
+
+def test_nothing_is_touched():
+    model = tiny_model(attention_dropout=0.3).train()
+    model.model.layers[1].eval()
+    flags = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    with enable_prefix_sharing(model) as sharing:
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [m.training for m in model.modules()] == flags
+        assert all(p.grad is None for p in model.parameters())
+        assert (sharing.stats.calls, sharing.stats.bypassed) == (0, {})
+
+
+def test_verification_may_be_left_out(monkeypatch):
+    changed = dataclasses.replace(attention.BACKENDS["sdpa"], plan=leaking_plan)
+    monkeypatch.setitem(attention.BACKENDS, "sdpa", changed)
+    enable_prefix_sharing(tiny_model(), verify=False).remove()
+
+
+def test_weights_on_the_meta_device():
+    with torch.device("meta"):
+        model = tiny_model()
+    with pytest.raises(RuntimeError, match="meta device"):
+        enable_prefix_sharing(model)
+    assert not model.model._forward_pre_hooks
