@@ -89,7 +89,8 @@ def enable_prefix_sharing(
         verify: run a small random batch shared and unshared and compare; on a mismatch the model
             is restored and the call raises. No gradient and no random state is touched.
         on_bypass: what a training call that cannot be shared does beside running unshared and being
-            counted: `"warn"` once a reason, `"ignore"`, or `"raise"` a RuntimeError. Batches with
+            counted: `"warn"` once a reason, `"ignore"`, or `"raise"` a RuntimeError; so does a
+            call outside training that is not shared for want of `use_cache=False`. Batches with
             nothing to gain are counted only.
         log_metrics: trainers only: add `prefix_sharing/sharing_ratio` and
             `prefix_sharing/packed_tokens` to what the trainer logs.
@@ -104,6 +105,7 @@ def enable_prefix_sharing(
         RuntimeError: the verification found a difference.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...                      num_attention_heads=4, num_key_value_heads=2, vocab_size=64)

@@ -56,6 +56,7 @@ class MetricsLog:
         self.remove_from(trainer)
         self._trainer, self._handle = trainer, handle
         self._seen = (0, 0)
+        self._log, self._was_set = trainer.log, "log" in trainer.__dict__
         trainer.log = self
 
     def __call__(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -66,12 +67,15 @@ class MetricsLog:
             prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
             logs[f"{prefix}prefix_sharing/sharing_ratio"] = rows / packed
             logs[f"{prefix}prefix_sharing/packed_tokens"] = packed
-        type(self._trainer).log(self._trainer, logs, *args, **kwargs)
+        self._log(logs, *args, **kwargs)
 
     def remove(self) -> None:
         self.remove_from(self._trainer)
 
     @staticmethod
     def remove_from(trainer: Any) -> None:
-        if isinstance(trainer.__dict__.get("log"), MetricsLog):
+        ours = trainer.__dict__.get("log")
+        if isinstance(ours, MetricsLog):
             del trainer.log
+            if ours._was_set:
+                trainer.log = ours._log

@@ -155,7 +155,7 @@ class PrefixTree:
             ValueError: `x` does not begin with `[R, L]`.
         """
         self._check_shape(x, (self.num_rows, self.row_length), "rows")
-        return x.flatten(0, 1).index_select(0, self.source).unsqueeze(0)
+        return x.flatten(0, 1).index_select(0, self.source.to(x.device)).unsqueeze(0)
 
     def unpack(self, x: Tensor) -> Tensor:
         """`[1, N, ...]` packed row to `[R, L, ...]` rows, zeros in the padding.
@@ -164,12 +164,12 @@ class PrefixTree:
             ValueError: `x` does not begin with `[1, N]`.
         """
         self._check_shape(x, (1, self.packed_tokens), "the packed row")
-        real = x[0].index_select(0, self.packed_index)
+        real = x[0].index_select(0, self.packed_index.to(x.device))
         if self.row_tokens == self.padded_tokens:
             rows = real
         else:
             rows = real.new_zeros(self.padded_tokens, *x.shape[2:])
-            rows = rows.index_copy(0, self.cell, real)
+            rows = rows.index_copy(0, self.cell.to(x.device), real)
         return rows.view(self.num_rows, self.row_length, *x.shape[2:])
 
     def model_kwargs(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def verify_sharing(backbone: PreTrainedModel) -> None:
 
 def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """`[4, L]` ids and attention mask: chosen and rejected of a right- and a left-padded pair."""
-    weight = cast(Tensor, backbone.get_input_embeddings().weight)
+    weight = next(backbone.parameters())
     if weight.is_meta:
         raise RuntimeError(
             "the model's weights are on the meta device, so sharing cannot be verified; load them "
@@ -77,7 +77,7 @@ def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
         )
     length = max(map(sum, ((p, max(c, r)) for p, c, r in (_RIGHT, _LEFT)))) + 1
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, weight.shape[0], (4, length), generator=generator)
+    ids = torch.randint(0, backbone.config.vocab_size, (4, length), generator=generator)
     mask = torch.zeros_like(ids)
     prompt, chosen, rejected = _RIGHT
     ids[1, :prompt] = ids[0, :prompt]

@@ -1,0 +1,48 @@
+"""Code blocks of the README run, and the documents agree with the library."""
+
+import re
+from pathlib import Path
+
+import pytest
+from families import FAMILIES
+from tiny_trl import build_trainer, load, save_tiny_model
+
+import hf_prefix_patch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+@pytest.mark.parametrize("block", python_blocks(README))
+def test_readme_blocks_run(block, tmp_path, monkeypatch):
+    """Each block with a tiny model and trainer under the names that it uses."""
+    monkeypatch.chdir(tmp_path)
+    trainer = build_trainer(load(save_tiny_model(tmp_path)), tmp_path, lora=True)
+    exec(block, {"model": trainer.model, "trainer": trainer})
+
+
+def test_before_and_after_stand_at_the_top():
+    assert "enable_prefix_sharing" in "\n".join(README.splitlines()[:15])
+
+
+def test_public_names():
+    assert sorted(hf_prefix_patch.__all__) == hf_prefix_patch.__all__
+    for name in hf_prefix_patch.__all__:
+        assert getattr(hf_prefix_patch, name).__doc__
+        assert name in hf_prefix_patch.__doc__
+
+
+def test_changelog_has_the_version():
+    assert f"## [{hf_prefix_patch.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_families_in_the_limits_page_are_those_tested():
+    page = (ROOT / "docs" / "limits.md").read_text()
+    names = {"llama": "Llama", "olmo2": "OLMo2", "qwen3-moe": "Qwen3-MoE"}
+    for family in FAMILIES:
+        base = family.removesuffix("-window")
+        assert names.get(base, base.capitalize()) in page, family
