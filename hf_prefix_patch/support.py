@@ -74,10 +74,10 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def check_peft(peft_model: Any) -> None:
-    """Refuse PEFT methods that act on positions of a row.
+    """Refuse PEFT methods that act on positions of a row, or on rows.
 
     Raises:
-        NotImplementedError: prompt learning or aLoRA.
+        NotImplementedError: prompt learning, aLoRA, Poly or X-LoRA.
     """
     for adapter, config in peft_model.peft_config.items():
         if getattr(config, "is_prompt_learning", False):
@@ -86,6 +86,12 @@ def check_peft(peft_model: Any) -> None:
                 f"is prompt learning ({type(config).__name__}), which adds virtual tokens to every "
                 "row",
                 "use LoRA or another method that changes weights",
+            )
+        if config.peft_type in ("POLY", "XLORA"):
+            raise _refusal(
+                f"adapter {adapter!r}",
+                f"({type(config).__name__}) mixes weights anew for every row",
+                "use LoRA or another method that treats all rows alike",
             )
         if getattr(config, "alora_invocation_tokens", None) is not None:
             raise _refusal(
@@ -164,8 +170,8 @@ def _bypass_reasons(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Iterat
             yield f"input {name!r}"
     if backbone.training and has_neftune(backbone):
         yield "NEFTune"
-    if _has_alora(backbone):
-        yield "aLoRA adapter"
+    if _adapters_by_row(backbone):
+        yield "adapters chosen by row"
     if _context_parallel():
         yield "context parallel"
 
@@ -180,16 +186,18 @@ def _is_unsloth(module: nn.Module) -> bool:
     return getattr(module.forward, "__module__", "").split(".")[0].startswith("unsloth")
 
 
-def _has_alora(backbone: nn.Module) -> bool:
-    """Looks at the first decoder layer only: this runs on every call."""
-    layers = next((m for m in backbone.children() if isinstance(m, nn.ModuleList)), None)
-    if not layers:
+def _adapters_by_row(backbone: nn.Module) -> bool:
+    """Whether PEFT treats the rows of this call apart (aLoRA, adapter_names, Poly, X-LoRA).
+
+    PEFT takes the choice out of the arguments before the decoder stack sees them and hands it to
+    all of its layers by hooks that live as long as the call; looking at the first layer will do.
+    """
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None:
         return False
-    return any(
-        type(variant).__name__.startswith("ALora")
-        for module in layers[0].modules()
-        for variant in getattr(module, "lora_variant", {}).values()
-    )
+    layer = next((m for m in backbone.modules() if isinstance(m, peft.BaseTunerLayer)), None)
+    hooks = layer._forward_pre_hooks.values() if layer is not None else ()
+    return any(getattr(hook, "func", hook).__module__.startswith("peft.") for hook in hooks)
 
 
 def _context_parallel() -> bool:

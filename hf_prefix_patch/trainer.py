@@ -48,8 +48,8 @@ class MetricsLog:
     """Adds sharing metrics to everything a trainer logs, each over the calls since the last log.
 
     `prefix_sharing/sharing_ratio` is real row tokens per packed token,
-    `prefix_sharing/packed_tokens` the tokens that the decoder ran on. In an evaluation's log the
-    names begin with `eval_`.
+    `prefix_sharing/packed_tokens` the tokens that the decoder ran on. In evaluation the names
+    begin with `eval_`, as those of TRL do.
     """
 
     def __init__(self, trainer: Any, handle: PrefixSharing) -> None:
@@ -64,7 +64,7 @@ class MetricsLog:
         rows, packed = stats.row_tokens - self._seen[0], stats.packed_tokens - self._seen[1]
         if packed:
             self._seen = (stats.row_tokens, stats.packed_tokens)
-            prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+            prefix = "" if self._trainer.model.training else "eval_"
             logs[f"{prefix}prefix_sharing/sharing_ratio"] = rows / packed
             logs[f"{prefix}prefix_sharing/packed_tokens"] = packed
         self._log(logs, *args, **kwargs)
