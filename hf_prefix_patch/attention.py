@@ -16,10 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from hf_prefix_patch.support import layer_window
 from hf_prefix_patch.tree import PrefixTree
 
 NAME = "prefix_sharing"
 """The name in transformers' attention registry."""
+
+EMPTY_MASK = (1, 1, 0, 0)
+"""Shape of the mask in the packed call."""
+
+_UNSERVED = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,7 @@ def prefix_sharing_attention(
         run = _original(module)
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return run(module, query, key, value, attention_mask, **kwargs)
-    for feature in ("s_aux", "position_bias"):
-        if kwargs.get(feature) is not None:
-            raise NotImplementedError(
-                f"{type(module).__name__} passes {feature!r} to its attention function, which no "
-                "prefix-sharing backend serves; leave this model unpatched"
-            )
+    _check_call(module, attention_mask, kwargs)
     output = attend(
         query,
         key,
@@ -81,6 +82,30 @@ def prefix_sharing_attention(
         **{name: x for name, x in kwargs.items() if name.startswith("tree_")},
     )
     return output, None
+
+
+def _check_call(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse what a packed call cannot honour, whether or not the model was verified."""
+    name = type(module).__name__
+    for feature in _UNSERVED:
+        if kwargs.get(feature) is not None:
+            raise NotImplementedError(
+                f"{name} passes {feature!r} to its attention function, which no prefix-sharing "
+                "backend serves; leave this model unpatched"
+            )
+    if mask is not None and tuple(mask.shape) != EMPTY_MASK:
+        raise NotImplementedError(
+            f"{name} makes an attention mask of its own, of shape {list(mask.shape)}, which shared "
+            "attention would not see; leave this model unpatched"
+        )
+    # The unpatched model may put a window into its mask alone.
+    window, layer = kwargs.get("sliding_window"), getattr(module, "layer_idx", None)
+    if layer is not None and window != layer_window(module.config, layer):
+        raise NotImplementedError(
+            f"{name} of layer {layer} passes the sliding window {window} to its attention "
+            f"function, but the config says {layer_window(module.config, layer)}; leave this model "
+            "unpatched"
+        )
 
 
 def sdpa_attend(

@@ -10,23 +10,21 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-import weakref
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.attention import NAME, Backend
+from hf_prefix_patch.attention import EMPTY_MASK, NAME, Backend
+from hf_prefix_patch.plans import NOTHING_TO_GAIN, forget, plan_rows
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.support import bypass_reason, rope_depends_on_length
-from hf_prefix_patch.tree import PrefixTree, has_holes, host_rows
+from hf_prefix_patch.support import CACHE_BY_DEFAULT, bypass_reason
+from hf_prefix_patch.tree import PrefixTree
 
 OnBypass = Literal["warn", "ignore", "raise"]
 
 _STATE = "_prefix_sharing"
-_NOTHING_TO_GAIN = "nothing to gain"
-_CACHE_BY_DEFAULT = "key/value cache by default"
 _PATIENCE = 8  # training calls without a shared token before saying so
 
 
@@ -54,16 +52,17 @@ class BackbonePatch:
             if hasattr(config, "prefix_sharing_original"):
                 module.config = config.prefix_sharing_original
         delattr(backbone, _STATE)
+        forget()
 
     def bypass(self, reason: str, *, training: bool) -> None:
         """Count a call that runs as it is, and tell the user as asked."""
         self.stats.bypassed[reason] += 1
-        if reason == _NOTHING_TO_GAIN or not (training or reason == _CACHE_BY_DEFAULT):
+        if reason == NOTHING_TO_GAIN or not (training or reason == CACHE_BY_DEFAULT):
             return
         message = f"prefix sharing is bypassed: {reason}. " + (
             "A call outside training asks for a cache by the config's default; "
             "pass use_cache=False to share it."
-            if reason == _CACHE_BY_DEFAULT
+            if reason == CACHE_BY_DEFAULT
             else "The call runs as without sharing; see docs/limits.md for what can be shared."
         )
         if self.on_bypass == "raise":
@@ -106,7 +105,7 @@ def pack_rows(
     reason = bypass_reason(backbone, inputs)
     tree = None
     if reason is None:
-        tree, reason = _plan(backbone, inputs)
+        tree, reason = plan_rows(backbone, inputs)
     training = backbone.training and torch.is_grad_enabled()
     if training:
         patch.watch(tree)
@@ -120,8 +119,9 @@ def pack_rows(
     inputs |= tree.model_kwargs() | patch.backend.plan(tree)
     inputs |= {
         "input_ids": tree.pack(ids),
-        # transformers hands a 4-D mask on as it is; shared attention does not read it.
-        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=dtype, device=ids.device),
+        # transformers hands a 4-D mask on as it is. Shared attention reads none; any other
+        # attention that meets one of no size fails, where it would leak between branches.
+        "attention_mask": torch.zeros(EMPTY_MASK, dtype=dtype, device=ids.device),
         "use_cache": False,
         "tree_attend": patch.backend.attend,
         "tree_rows": tree,
@@ -141,6 +141,8 @@ def _unpack_output(tree: PrefixTree, output: Any) -> Any:
     if isinstance(output, Tensor):
         if output.shape[:2] == (1, tree.packed_tokens):
             return tree.unpack(output)
+        if output.shape[1:3] == (1, tree.packed_tokens):  # Gemma 3n stacks several hidden states
+            return torch.stack([tree.unpack(x) for x in output])
         if output.shape[:1] == (tree.packed_tokens,):  # router logits: [N, experts]
             return tree.unpack(output[None]).flatten(0, 1)
         return output
@@ -154,83 +156,29 @@ def _unpack_output(tree: PrefixTree, output: Any) -> Any:
     return output
 
 
-def _plan(
-    backbone: PreTrainedModel, inputs: dict[str, Any]
-) -> tuple[PrefixTree | None, str | None]:
-    """The tree of the call's rows, or why there is none to use."""
-    rows = [inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")]
-    tree, reason = _recall(rows)
-    if tree is None and reason is None:
-        tree, reason = _grow(inputs["input_ids"], *rows[1:])
-        _remember(rows, tree, reason)
-    if tree is None or reason is not None:
-        return None, reason
-    if rope_depends_on_length(backbone.config):
-        positions = inputs.get("position_ids")
-        longest = tree.row_length - 1 if positions is None else int(positions.max())
-        if longest != int(tree.position_ids.max()):
-            return None, "rotary frequencies that depend on padding"
-    return tree, None
-
-
-def _grow(
-    ids: Tensor, mask: Tensor | None, positions: Tensor | None
-) -> tuple[PrefixTree | None, str | None]:
-    host_ids, host_mask, host_positions = host_rows(ids, mask, positions)
-    if has_holes(host_mask):
-        return None, "attention mask with holes"
-    if not host_mask.any():
-        return None, "no real token"
-    tree = PrefixTree.from_rows(host_ids, host_mask, host_positions).to(ids.device)
-    return tree, None if tree.packed_tokens < tree.padded_tokens else _NOTHING_TO_GAIN
-
-
-class _Planned(NamedTuple):
-    """The last batch planned; the reference forward of the same tensors finds its tree here."""
-
-    rows: tuple[weakref.ref[Tensor] | None, ...]
-    versions: tuple[int | None, ...]
-    tree: PrefixTree | None
-    reason: str | None
-
-
-_last_planned: _Planned | None = None
-
-
-def _remember(rows: list[Tensor | None], tree: PrefixTree | None, reason: str | None) -> None:
-    global _last_planned
-    if any(x is not None and x.is_inference() for x in rows):  # those keep no version
-        return
-    refs = tuple(None if x is None else weakref.ref(x) for x in rows)
-    _last_planned = _Planned(refs, _versions(rows), tree, reason)
-
-
-def _recall(rows: list[Tensor | None]) -> tuple[PrefixTree | None, str | None]:
-    last = _last_planned
-    if last is None or any(x is not None and x.is_inference() for x in rows):
-        return None, None
-    same = all((r() if r else None) is x for r, x in zip(last.rows, rows, strict=True))
-    return (last.tree, last.reason) if same and last.versions == _versions(rows) else (None, None)
-
-
-def _versions(rows: list[Tensor | None]) -> tuple[int | None, ...]:
-    return tuple(None if x is None else x._version for x in rows)
-
-
-def _swap_attention_configs(backbone: PreTrainedModel) -> None:
-    """Give attention modules a copy of their config that names our attention function.
+class _SharedAttentionConfig:
+    """A model's config as its attention modules see it: another attention function, all else live.
 
     The model's own config stays as the user set it: saving, mask creation and models built from it
     never see a difference.
     """
-    copies: dict[int, Any] = {}
+
+    _attn_implementation = _attn_implementation_internal = NAME
+
+    def __init__(self, original: Any) -> None:
+        self.prefix_sharing_original = original
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "prefix_sharing_original" or name.startswith("__"):  # before __init__: copying
+            raise AttributeError(name)
+        return getattr(self.prefix_sharing_original, name)
+
+
+def _swap_attention_configs(backbone: PreTrainedModel) -> None:
+    views: dict[int, _SharedAttentionConfig] = {}
     for module in backbone.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if config is None or module is backbone or "attention" not in type(module).__name__.lower():
             continue
-        if id(config) not in copies:
-            shared = copy.copy(config)
-            shared._attn_implementation_internal = NAME
-            shared.prefix_sharing_original = config
-            copies[id(config)] = shared
-        module.config = copies[id(config)]
+        view: Any = views.setdefault(id(config), _SharedAttentionConfig(config))
+        module.config = view

@@ -29,7 +29,7 @@ class PrefixSharing:
 
     def __init__(self, backbones: list[PreTrainedModel]) -> None:
         self._backbones = backbones
-        self._patches = [_patch_on(backbone) for backbone in backbones]
+        self._patches = [patch for patch in map(patch_of, backbones) if patch is not None]
         self._metrics: MetricsLog | None = None
 
     @property
@@ -47,8 +47,9 @@ class PrefixSharing:
         """Undo the patch; nothing of it is left. Removing twice is fine."""
         if self._metrics is not None:
             self._metrics.remove()
-        for backbone, patch in zip(self._backbones, self._patches, strict=True):
-            if patch_of(backbone) is patch:
+        for backbone in self._backbones:
+            patch = patch_of(backbone)
+            if patch is not None and patch in self._patches:
                 patch.remove(backbone)
 
     def __enter__(self) -> PrefixSharing:
@@ -124,25 +125,23 @@ def enable_prefix_sharing(
             f"log_metrics=True needs a trainer, but target is a {type(target).__name__}; pass the "
             "trainer, or read handle.stats yourself"
         )
-    models = [_unwrap(model) for model in _models(target)]
+    models = list({id(model): model for model in map(_unwrap, _models(target))}.values())
     for model in models:
         check_model(model)
     if is_trainer(target):
         check_trainer(target)
     backbones = [_backbone(model) for model in models]
     fresh = [backbone for backbone in backbones if patch_of(backbone) is None]
-    for backbone in backbones:
-        patch = patch_of(backbone) or BackbonePatch(backbone, chosen, on_bypass)
-        patch.backend, patch.on_bypass = chosen, on_bypass
-    handle = PrefixSharing(backbones)
     try:
-        if verify:
-            for backbone in backbones:
+        for backbone in backbones:
+            patch = patch_of(backbone) or BackbonePatch(backbone, chosen, on_bypass)
+            patch.backend, patch.on_bypass = chosen, on_bypass
+            if verify:
                 verify_sharing(backbone)
     except BaseException:
-        for backbone in fresh:
-            _patch_on(backbone).remove(backbone)
+        PrefixSharing(fresh).remove()
         raise
+    handle = PrefixSharing(backbones)
     if is_trainer(target):
         MetricsLog.remove_from(target)
     if log_metrics:
@@ -201,10 +200,5 @@ def _unwrap(target: Any, check: bool = True) -> PreTrainedModel:
 
 def _backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder stack: what every trainer and head calls, whatever they do to the model."""
-    return cast(PreTrainedModel, model.base_model)
-
-
-def _patch_on(backbone: PreTrainedModel) -> BackbonePatch:
-    patch = patch_of(backbone)
-    assert patch is not None
-    return patch
+    stack = model.base_model
+    return cast(PreTrainedModel, getattr(stack, "_orig_mod", stack))  # compiled: what is inside

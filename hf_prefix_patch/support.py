@@ -6,14 +6,20 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
-# Inputs of a decoder stack that do not change its hidden states.
-_INERT_INPUTS = {"labels", "shift_labels", "num_items_in_batch"}
+# PEFT methods that mix weights by row, average over the batch, or run the rows a second time.
+_PEFT_BY_ROW = {"POLY", "XLORA", "LILY", "SHADOW"}
+
+CACHE_BY_DEFAULT = "key/value cache by default"
+
+# Inputs of a decoder stack that sharing understands, or that do not change its hidden states.
+_KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"}
+_KNOWN_INPUTS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+_KNOWN_INPUTS |= {"return_dict", "labels", "shift_labels", "num_items_in_batch"}
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -49,8 +55,8 @@ def check_model(model: PreTrainedModel) -> None:
             "(_supports_attention_backend is false)",
             "sharing needs that; try a newer transformers",
         )
-    if getattr(config, "is_causal", True) is False or getattr(
-        config, "use_bidirectional_attention", False
+    if not _is_causal(config) or any(
+        getattr(module, "is_causal", True) is False for module in model.modules()
     ):
         raise _refusal(name, "uses bidirectional attention", "sharing needs causal attention")
     if any(getattr(module, "sinks", None) is not None for module in model.modules()):
@@ -77,7 +83,7 @@ def check_peft(peft_model: Any) -> None:
     """Refuse PEFT methods that act on positions of a row, or on rows.
 
     Raises:
-        NotImplementedError: prompt learning, aLoRA, Poly or X-LoRA.
+        NotImplementedError: prompt learning, aLoRA, and others that depend on the batch.
     """
     for adapter, config in peft_model.peft_config.items():
         if getattr(config, "is_prompt_learning", False):
@@ -87,11 +93,11 @@ def check_peft(peft_model: Any) -> None:
                 "row",
                 "use LoRA or another method that changes weights",
             )
-        if config.peft_type in ("POLY", "XLORA"):
+        if config.peft_type in _PEFT_BY_ROW or getattr(config, "velora_config", None) is not None:
             raise _refusal(
                 f"adapter {adapter!r}",
-                f"({type(config).__name__}) mixes weights anew for every row",
-                "use LoRA or another method that treats all rows alike",
+                f"({type(config).__name__}) depends on the rows of the batch, not on tokens alone",
+                "use LoRA or another method that treats all tokens alike",
             )
         if getattr(config, "alora_invocation_tokens", None) is not None:
             raise _refusal(
@@ -115,6 +121,13 @@ def sliding_window(config: Any) -> int | None:
     if getattr(config, "use_sliding_window", True) is False:
         return None
     return getattr(config, "sliding_window", None)
+
+
+def layer_window(config: Any, layer: int) -> int | None:
+    """Sliding window of one decoder layer."""
+    types = layer_types(config)
+    slides = layer < len(types) and types[layer] == "sliding_attention"
+    return sliding_window(config) if slides else None
 
 
 def has_neftune(model: PreTrainedModel) -> bool:
@@ -153,21 +166,27 @@ def _bypass_reasons(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Iterat
         return
     if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
         yield "key/value cache"
-    if asks_for_cache_by_default(backbone, inputs):
-        yield "key/value cache by default"
+    # In training nobody reads a cache; elsewhere the caller may go on from it.
+    by_default = inputs.get("use_cache") is None and getattr(config, "use_cache", False)
+    if by_default and not backbone.training:
+        yield CACHE_BY_DEFAULT
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
         yield "attention mask that is not [rows, length]"
     if positions is not None and positions.shape not in (ids.shape, ids[:1].shape):
         yield "position_ids that are not [rows, length]"
+    elif positions is not None and positions.is_floating_point():
+        yield "position_ids that are not integers"
     elif mask is None and positions is not None and bool((positions.diff(dim=-1) != 1).any()):
         yield "several documents in a row"
-    if inputs.get("output_attentions", getattr(config, "output_attentions", False)):
+    asked = inputs.get("output_attentions")
+    if getattr(config, "output_attentions", False) if asked is None else asked:
         yield "output_attentions"
-    known = {"input_ids", "attention_mask", "position_ids", *_INERT_INPUTS}
     for name, x in inputs.items():
-        if name not in known and isinstance(x, Tensor) and x.ndim > 0:
+        if name not in _KNOWN_INPUTS and x is not None:
             yield f"input {name!r}"
+    if not _is_causal(config):
+        yield "bidirectional attention"
     if backbone.training and has_neftune(backbone):
         yield "NEFTune"
     if _adapters_by_row(backbone):
@@ -176,10 +195,9 @@ def _bypass_reasons(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Iterat
         yield "context parallel"
 
 
-def asks_for_cache_by_default(backbone: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    """Whether the call, outside training, would return a cache only because the config says so."""
-    implicit = inputs.get("use_cache") is None and getattr(backbone.config, "use_cache", False)
-    return bool(implicit) and not (backbone.training or torch.is_grad_enabled())
+def _is_causal(config: Any) -> bool:
+    bidirectional = getattr(config, "use_bidirectional_attention", False)
+    return getattr(config, "is_causal", True) is not False and not bidirectional
 
 
 def _is_unsloth(module: nn.Module) -> bool:

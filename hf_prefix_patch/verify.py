@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +11,12 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.hooks import BackbonePatch, patch_of
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.support import has_experts, layer_types, sliding_window
+from hf_prefix_patch.support import has_experts
 
 # Largest error of a token's hidden state, relative to its norm. Rounding stays one or two orders of
 # magnitude below; a response that sees another branch is off by a part of its attention output.
 # fp64 is held to fp32's: transformers computes norms and rotary angles in fp32.
-TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 TOLERANCE_FP32 = 1e-3
 
 # Two pairs: prompt, chosen and rejected lengths. The first is padded right, the second left, where
@@ -35,23 +33,21 @@ def verify_sharing(backbone: PreTrainedModel) -> None:
     Raises:
         RuntimeError: the packed path did not run, or a token differs by more than the tolerance of
             the model's dtype.
-        NotImplementedError: a layer hands on another sliding window than the config says.
+        NotImplementedError: a layer asks its attention function for what no backend serves.
     """
     patch = patch_of(backbone)
     assert patch is not None
     ids, mask = _random_pairs(backbone)
-    windows: list[int | None] = []
-    with torch.no_grad(), _evaluating(backbone), _recording(patch, windows) as stats:
-        shared = _hidden(backbone, ids, mask, use_cache=False)
+    with torch.no_grad(), _evaluating(backbone), _scratch_stats(patch) as stats:
+        shared = _shared_hidden(backbone, ids, mask)
         calls, bypassed = stats.calls, dict(stats.bypassed)
         unshared = _hidden(backbone, ids, mask, use_cache=True)  # a cache is always bypassed
     name = type(backbone).__name__
-    if not calls or not windows:
+    if not calls:
         raise RuntimeError(
-            f"verification of prefix sharing failed: the layers of {name} did not run shared "
-            f"attention on the packed row (bypassed: {bypassed}); the model was restored"
+            f"verification of prefix sharing failed: {name} did not run on the packed row "
+            f"(bypassed: {bypassed}); the model was restored"
         )
-    _check_windows(backbone, windows)
     error = (shared - unshared).double().norm(dim=-1) / unshared.double().norm(dim=-1)
     rows = [row[real] for row, real in zip(error, mask.bool(), strict=True)]
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
@@ -62,8 +58,8 @@ def verify_sharing(backbone: PreTrainedModel) -> None:
         raise RuntimeError(
             f"verification of prefix sharing failed: hidden states of {name} differ from the "
             f"unshared ones by {worst:.2e} of their norm, where {unshared.dtype} allows "
-            f"{tolerance:.0e}; the model was restored. Its layers use something beside attention "
-            "that looks across the tokens of a row; run it unpatched."
+            f"{tolerance:.0e}; the model was restored. It takes positions from the mask, or "
+            "something beside attention looks across the tokens of a row; run it unpatched."
         )
 
 
@@ -89,50 +85,50 @@ def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return ids.to(weight.device), mask.to(weight.device)
 
 
+def _shared_hidden(backbone: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    try:
+        return _hidden(backbone, ids, mask, use_cache=False)
+    except NotImplementedError:  # a refusal of our own, and a RuntimeError to Python
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise RuntimeError(
+            f"verification of prefix sharing failed: {type(backbone).__name__} does not run on a "
+            f"packed row ({error}); the model was restored. Its layers do not call transformers' "
+            "attention registry, or read the attention mask themselves; run it unpatched."
+        ) from error
+
+
 def _hidden(backbone: PreTrainedModel, ids: Tensor, mask: Tensor, use_cache: bool) -> Tensor:
     hidden: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=use_cache)[0]
     return hidden
 
 
-def _check_windows(backbone: PreTrainedModel, windows: list[int | None]) -> None:
-    """Hold the windows that reached shared attention against the config.
-
-    The unpatched model may put a window into its mask alone, which a short batch cannot show.
-    """
-    window = sliding_window(backbone.config)
-    types = layer_types(backbone.config)
-    expected = [window if kind == "sliding_attention" else None for kind in types]
-    if windows != expected:
-        raise NotImplementedError(
-            f"prefix sharing refused: the layers of {type(backbone).__name__} passed sliding "
-            f"windows {windows} to their attention function, but the config says {expected}"
-        )
-
-
 @contextmanager
 def _evaluating(backbone: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, every module's own training flag restored afterwards."""
+    """Evaluation mode; training flags and the state of dynamic rotary embeddings come back."""
     flags = [(module, module.training) for module in backbone.modules()]
+    rotary = [
+        (module, dict(module.__dict__), dict(module._buffers))
+        for module in backbone.modules()
+        if hasattr(module, "max_seq_len_cached")
+    ]
     backbone.train(False)
     try:
         yield
     finally:
+        for module, attributes, buffers in rotary:
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
         for module, training in flags:
             module.training = training
 
 
 @contextmanager
-def _recording(patch: BackbonePatch, windows: list[int | None]) -> Iterator[SharingStats]:
-    """Count and warn on a scratch copy, and note the sliding window of every attention call."""
-    backend, stats, on_bypass = patch.backend, patch.stats, patch.on_bypass
-
-    def attend(*args: Any, **kwargs: Any) -> Tensor:
-        windows.append(kwargs["sliding_window"])
-        return backend.attend(*args, **kwargs)
-
-    patch.backend, patch.stats = replace(backend, attend=attend), SharingStats()
-    patch.on_bypass = "ignore"
+def _scratch_stats(patch: BackbonePatch) -> Iterator[SharingStats]:
+    """Count on a scratch copy, and keep quiet."""
+    stats, on_bypass = patch.stats, patch.on_bypass
+    patch.stats, patch.on_bypass = SharingStats(), "ignore"
     try:
         yield patch.stats
     finally:
-        patch.backend, patch.stats, patch.on_bypass = backend, stats, on_bypass
+        patch.stats, patch.on_bypass = stats, on_bypass

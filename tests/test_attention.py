@@ -77,11 +77,12 @@ def test_model_dropout_reaches_shared_attention():
     with enable_prefix_sharing(model) as sharing:
         assert not torch.equal(model(ids).logits, model(ids).logits)
         model.eval()
-        torch.testing.assert_close(model(ids).logits, model(ids).logits)
+        first, second = (model(ids, use_cache=False).logits for _ in range(2))
+        assert torch.equal(first, second)
     assert sharing.stats.calls == 4
 
 
-@pytest.mark.parametrize("feature", ["s_aux", "position_bias"])
+@pytest.mark.parametrize("feature", ["s_aux", "sinks", "position_bias", "indices"])
 def test_features_that_no_backend_serves_are_refused(feature):
     module = tiny_model().model.layers[0].self_attn
     tree = PrefixTree.from_rows([[1, 2], [1, 3]])
@@ -93,6 +94,20 @@ def test_features_that_no_backend_serves_are_refused(feature):
             tree_attend=sdpa_attend,
             **sdpa_plan(tree),
             **{feature: torch.ones(1)},
+        )
+
+
+def test_a_mask_made_by_the_layer_is_refused():
+    """A layer that adds a bias of its own to the mask would lose it."""
+    module = tiny_model().model.layers[0].self_attn
+    tree = PrefixTree.from_rows([[1, 2], [1, 3]])
+    with pytest.raises(NotImplementedError, match=r"mask of its own, of shape \[1, 4, 3, 3\]"):
+        prefix_sharing_attention(
+            module,
+            *qkv(tree),
+            torch.zeros(1, 4, 3, 3),
+            tree_attend=sdpa_attend,
+            **sdpa_plan(tree),
         )
 
 

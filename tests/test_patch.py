@@ -1,10 +1,8 @@
 """Enabling and disabling: what changes, and that nothing is left."""
 
 import copy
-import gc
 import logging
 import pickle
-import weakref
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from families import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_prefix_patch import disable_prefix_sharing, enable_prefix_sharing
+from hf_prefix_patch import SharingStats, disable_prefix_sharing, enable_prefix_sharing, plans
 
 
 def outputs(model, batch):
@@ -213,37 +211,43 @@ def test_two_models_do_not_touch_each_other():
     assert (sharing.stats.calls, other_sharing.stats.calls) == (2, 1)
 
 
-def test_the_plan_is_remembered_for_the_same_tensors_only(monkeypatch):
-    from hf_prefix_patch import hooks
-
+def test_the_plan_is_remembered_for_equal_rows_only(monkeypatch):
     grown = []
-    original = hooks._grow
-    monkeypatch.setattr(hooks, "_grow", lambda *rows: grown.append(1) or original(*rows))
+    original = plans._grow
+    monkeypatch.setattr(plans, "_grow", lambda *rows: grown.append(1) or original(*rows))
     model, batch = tiny_model(), preference_batch()
-    with enable_prefix_sharing(model, verify=False):
-        first = outputs(model, batch)
+    other = preference_batch(seed=1)
+    with enable_prefix_sharing(model, verify=False) as sharing:
         outputs(model, batch)
+        got = outputs(model, batch)
         assert len(grown) == 1
-        batch.input_ids[:, 2] += 1  # in place: the same tensor holds another batch
-        assert not torch.equal(outputs(model, batch), first)
+        batch.input_ids.data.copy_(other.input_ids)  # leaves no mark on the tensor
+        changed = outputs(model, batch)
         assert len(grown) == 2
-        outputs(model, preference_batch())
+        outputs(model, other)
+        assert len(grown) == 2
+        with torch.inference_mode():
+            outputs(model, preference_batch())
         assert len(grown) == 3
-        with torch.inference_mode():  # no version counter, so never remembered
-            fresh = preference_batch()
-            outputs(model, fresh)
-            outputs(model, fresh)
-        assert len(grown) == 5
+    assert sharing.stats.calls == 5
+    assert not torch.equal(got, changed)
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(changed[real], outputs(model, other)[real], atol=1e-5, rtol=1e-4)
+    assert plans._last is None
 
 
-def test_the_memory_of_a_plan_does_not_keep_the_batch():
-    model, batch = tiny_model(), preference_batch()
-    with enable_prefix_sharing(model):
-        outputs(model, batch)
-    ids = weakref.ref(batch.input_ids)
-    del batch
-    gc.collect()
-    assert ids() is None
+def test_the_config_stays_live():
+    """What a user changes in the config after enabling counts, as it does without sharing."""
+    model, batch = tiny_model("mistral-window"), preference_batch()
+    with enable_prefix_sharing(model) as sharing:
+        before = outputs(model, batch)
+        model.config.sliding_window = None
+        got = outputs(model, batch)
+    want = outputs(model, batch)
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(before[real], want[real], atol=1e-2)
+    assert sharing.stats.calls == 2
 
 
 def test_wrappers_are_seen_through():
@@ -253,9 +257,16 @@ def test_wrappers_are_seen_through():
             self.module = module
 
     model, batch = tiny_model(), preference_batch()
+    real, want = batch.attention_mask.bool(), outputs(model, batch)
     with enable_prefix_sharing(Wrapper(torch.compile(model, backend="eager"))) as sharing:
-        outputs(model, batch)
+        torch.testing.assert_close(outputs(model, batch)[real], want[real], atol=1e-5, rtol=1e-4)
     assert sharing.stats.calls == 1
+    inner = model.model
+    model.model = torch.compile(inner, backend="eager")
+    with enable_prefix_sharing(model):
+        assert inner._forward_pre_hooks
+    assert not inner._forward_pre_hooks
+    model.model = inner
     with enable_prefix_sharing(model.model) as sharing:  # the decoder stack itself
         outputs(model, batch)
     assert sharing.stats.calls == 1
@@ -286,6 +297,15 @@ def test_stats():
     assert stats.row_tokens == 2 * int(batch.attention_mask.sum())
     assert stats.packed_tokens == 2 * (9 + 4 + 6 + 7 + 5 + 2)
     assert stats.sharing_ratio == stats.row_tokens / stats.packed_tokens
+
+
+def test_stats_add_up():
+    one, two = SharingStats(3, 4, 2, 1), SharingStats(5, 6, 4, 2)
+    one.bypassed["a"] += 1
+    two.bypassed.update(["a", "b"])
+    total = one + two
+    assert (total.row_tokens, total.padded_tokens, total.packed_tokens) == (8, 10, 6)
+    assert (total.calls, total.bypassed) == (3, {"a": 2, "b": 1})
 
 
 def test_backend_is_named_and_logged(caplog):

@@ -271,7 +271,7 @@ def poly_config():
 
 def test_poly_is_refused():
     with pytest.raises(
-        NotImplementedError, match=r"\(PolyConfig\) mixes weights anew for every row"
+        NotImplementedError, match=r"\(PolyConfig\) depends on the rows of the batch"
     ):
         enable_prefix_sharing(wrap(tiny_model(), poly_config()))
 

@@ -11,7 +11,12 @@ from families import tiny_model
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_prefix_patch import enable_prefix_sharing
-from hf_prefix_patch.support import layer_types, rope_depends_on_length, sliding_window
+from hf_prefix_patch.support import (
+    bypass_reason,
+    layer_types,
+    rope_depends_on_length,
+    sliding_window,
+)
 
 _SMALL = {
     "vocab_size": 40,
@@ -136,13 +141,14 @@ BYPASSED = {
         "attention_mask": None,
         "position_ids": torch.tensor([[*range(8), *range(7)]]).expand(4, -1),
     },
-    "position_ids that are not [rows, length]": {
-        "position_ids": torch.arange(15).expand(2, -1)[:, None, :].expand(2, 4, -1)[0]
-    },
+    "position_ids that are not integers": {"position_ids": torch.arange(15.0)[None] / 2},
+    "negative position_ids": {"position_ids": torch.arange(15)[None] - 3},
+    "input 'is_causal'": {"is_causal": False},
+    "input 'sliding_window'": {"sliding_window": 3},
 }
 
 
-@pytest.mark.parametrize("reason", [r for r in BYPASSED if not r.startswith("position_ids")])
+@pytest.mark.parametrize("reason", BYPASSED)
 def test_bypassed_calls_run_exactly_the_original(reason):
     attention = "eager" if reason == "output_attentions" else "sdpa"
     model = tiny_model(attention=attention)
@@ -152,6 +158,26 @@ def test_bypassed_calls_run_exactly_the_original(reason):
         assert sharing.stats.bypassed == {reason: 1}
         call(model)
     assert sharing.stats.calls == 1
+
+
+def test_positions_of_several_axes():
+    """Three position ids a token (multimodal rotary embeddings): the hook leaves them alone."""
+    backbone, batch = tiny_model().model, preference_batch()
+    positions = torch.arange(15).expand(3, 4, 15)
+    reason = bypass_reason(backbone, {**batch.inputs, "position_ids": positions})
+    assert reason == "position_ids that are not [rows, length]"
+    assert bypass_reason(backbone, {**batch.inputs, "position_ids": positions[0]}) is None
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "is_causal"])
+def test_what_the_config_asks_for_after_enabling(name):
+    model = tiny_model(attention="eager")
+    with enable_prefix_sharing(model) as sharing:
+        setattr(model.config, name, name == "output_attentions")
+        got = call(model, output_attentions=None)
+    assert torch.equal(got, call(model, output_attentions=None))
+    reason = {"is_causal": "bidirectional attention"}.get(name, name)
+    assert sharing.stats.bypassed == {reason: 1}
 
 
 def test_rows_alike_but_nothing_to_gain():
@@ -194,12 +220,13 @@ def test_context_parallel(monkeypatch):
 
     model = tiny_model()
     with enable_prefix_sharing(model) as sharing:
-        plan = types.SimpleNamespace(cp_size=2, sp_size=1)
-        monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
-        call(model)
+        for sizes in ({"cp_size": 2, "sp_size": 1}, {"cp_size": 1, "sp_size": 2}):
+            plan = types.SimpleNamespace(**sizes)
+            monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
+            call(model)
         monkeypatch.undo()
         call(model)
-    assert sharing.stats.bypassed == {"context parallel": 1}
+    assert sharing.stats.bypassed == {"context parallel": 2}
     assert sharing.stats.calls == 1
 
 
@@ -231,11 +258,12 @@ def test_rotary_frequencies_that_depend_on_the_length(kind):
 def test_cache_by_default_outside_training():
     """A plain evaluation call asks for a cache by default: exact, and said once."""
     model, batch = tiny_model().eval(), preference_batch()
-    with enable_prefix_sharing(model) as sharing, torch.no_grad():
+    with enable_prefix_sharing(model) as sharing:
         with pytest.warns(UserWarning, match="pass use_cache=False to share it"):
             output = model(**batch.inputs)
         assert output.past_key_values is not None
-        model(**batch.inputs)  # warnings are errors here: it warned once
+        with torch.no_grad():
+            model(**batch.inputs)  # warnings are errors here: it warned once
         assert sharing.stats.bypassed == {"key/value cache by default": 2}
         model(**batch.inputs, use_cache=False)
         assert sharing.stats.calls == 1
@@ -278,6 +306,9 @@ def test_training_that_shares_nothing_is_said_loudly():
         model(input_ids=ids)
     with enable_prefix_sharing(model):
         model(**preference_batch().inputs)
+        for _ in range(9):
+            model(input_ids=ids)
+    with enable_prefix_sharing(model, on_bypass="ignore"):
         for _ in range(9):
             model(input_ids=ids)
 

@@ -1,13 +1,13 @@
 """The check at enable time finds what it is there to find, and touches nothing."""
 
-import copy
 import dataclasses
 
 import pytest
 import torch
 from families import FAMILIES, tiny_model
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from hf_prefix_patch import attention, enable_prefix_sharing
+from hf_prefix_patch import attention, enable_prefix_sharing, hooks
 from hf_prefix_patch.tree import PrefixTree
 
 
@@ -71,22 +71,45 @@ def test_wrong_positions_are_found(monkeypatch):
 
 def test_layers_that_do_not_call_the_registry_are_found(monkeypatch):
     """Attention modules that kept their config run their own attention on the packed row."""
-    from hf_prefix_patch import hooks
-
     monkeypatch.setattr(hooks, "_swap_attention_configs", lambda backbone: None)
-    with pytest.raises(RuntimeError, match="did not run shared attention"):
+    with pytest.raises(RuntimeError, match="do not call transformers' attention registry"):
         enable_prefix_sharing(tiny_model())
 
 
-def test_windows_in_the_mask_alone_are_refused():
-    """A layer that hands on no window, where the config has one too long for a short batch."""
-    model = tiny_model("mistral-window", sliding_window=4000)
+@pytest.mark.parametrize("verify", [True, False])
+def test_windows_in_the_mask_alone_are_refused(verify):
+    """Qwen2-MoE has a window in its mask and hands none on; a short batch would not show it."""
+    config = Qwen2MoeConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        use_sliding_window=True,
+        sliding_window=4000,
+        layer_types=["sliding_attention"] * 2,
+    )
+    model = Qwen2MoeForCausalLM(config).train()
+    message = "layer 0 passes the sliding window None .* but the config says 4000"
+    with pytest.raises(NotImplementedError, match=message):
+        enable_prefix_sharing(model, verify=verify)(model(torch.tensor([[3, 4, 5], [3, 4, 6]])))
+
+
+def test_dynamic_rotary_state_is_left_alone():
+    """Frequencies grown by a long call stay grown: the short call after it is as without."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny_model(max_position_embeddings=30, rope_parameters=rope).eval()
+    long, short = torch.arange(60)[None] % 40, torch.arange(40)[None] % 37
+    model(long)
+    want = model(short).logits
+    model(long)
     enable_prefix_sharing(model).remove()
-    for layer in model.model.layers:
-        layer.self_attn.config = copy.copy(model.config)
-        layer.self_attn.config.sliding_window = None
-    with pytest.raises(NotImplementedError, match=r"windows \[None, None\] .* \[4000, 4000\]"):
-        enable_prefix_sharing(model)
+    torch.testing.assert_close(model(short).logits, want)
 
 
 def test_nothing_is_touched():
