@@ -27,7 +27,7 @@ def train(
     model_path: Path | str,
     data: Path,
     output: Path,
-    steps: int = 4,
+    steps: int = 3,
     pairs_per_batch: int = 2,
     share: bool = True,
     callbacks: list[TrainerCallback] | None = None,
@@ -73,7 +73,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", help="folder of a causal LM; default: SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, default=PAIRS, help="JSONL file or datasets folder")
     parser.add_argument("--output", type=Path, default=Path("build/dpo"))
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--pairs-per-batch", type=int, default=2)
     return parser
 
