@@ -57,13 +57,13 @@ def prefix_sharing_attention(
     """The registered function, with the signature that transformers' registry asks for.
 
     Args:
-        module: the attention module; its config is the copy made by `enable_prefix_sharing`.
+        module: the attention module; its config is the view that `enable_prefix_sharing` made.
         query: `[B, heads, N, head_dim]`; `key` and `value` may have fewer heads.
         attention_mask: used without descriptors only; the packed call carries a dummy.
         kwargs: `tree_attend` and the `tree_*` descriptors in the packed call.
 
     Raises:
-        NotImplementedError: an attention feature that no backend serves.
+        NotImplementedError: a packed call asks for what no backend serves.
     """
     attend = kwargs.get("tree_attend")
     if attend is None:

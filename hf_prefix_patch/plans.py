@@ -25,11 +25,14 @@ def plan_rows(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Plan:
     """Plan the rows of a call, or take the last plan if it was made for equal rows."""
     global _last
     rows = [inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")]
-    if _last is None or not all(map(_equal, _last[0], rows)):
-        plan = _grow(inputs["input_ids"], *rows[1:])
-        # Copies: a caller may write into its buffers by ways that leave no mark on the tensors.
-        _last = [None if x is None else x.clone() for x in rows], plan
-    plan = _last[1]
+    last = _last  # read once: another thread may be planning for another model
+    if last is None or not all(map(_equal, last[0], rows)):
+        with torch.inference_mode(False):  # the plan may serve a training call next
+            plan = _grow(inputs["input_ids"], *rows[1:])
+            # Copies: a caller may write into its buffers by ways that leave no mark on them.
+            last = [None if x is None else x.clone() for x in rows], plan
+        _last = last
+    plan = last[1]
     if plan.tree is not None and rope_depends_on_length(backbone.config):
         positions = inputs.get("position_ids")
         longest = plan.tree.row_length - 1 if positions is None else int(positions.max())

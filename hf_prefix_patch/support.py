@@ -201,7 +201,7 @@ def _is_causal(config: Any) -> bool:
 
 
 def _is_unsloth(module: nn.Module) -> bool:
-    return getattr(module.forward, "__module__", "").split(".")[0].startswith("unsloth")
+    return str(getattr(module.forward, "__module__", "")).startswith("unsloth")
 
 
 def _adapters_by_row(backbone: nn.Module) -> bool:
@@ -215,7 +215,7 @@ def _adapters_by_row(backbone: nn.Module) -> bool:
         return False
     layer = next((m for m in backbone.modules() if isinstance(m, peft.BaseTunerLayer)), None)
     hooks = layer._forward_pre_hooks.values() if layer is not None else ()
-    return any(getattr(hook, "func", hook).__module__.startswith("peft.") for hook in hooks)
+    return any(str(getattr(hook, "func", hook).__module__).startswith("peft.") for hook in hooks)
 
 
 def _context_parallel() -> bool:

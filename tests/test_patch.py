@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -209,6 +210,34 @@ def test_two_models_do_not_touch_each_other():
         assert torch.equal(outputs(other, batch), want)
         outputs(model, batch)
     assert (sharing.stats.calls, other_sharing.stats.calls) == (2, 1)
+
+
+def test_a_plan_made_in_inference_mode_serves_training():
+    model, batch = tiny_model(), preference_batch()
+    want = run(model, batch)
+    with enable_prefix_sharing(model) as sharing:
+        with torch.inference_mode():
+            outputs(model, preference_batch())
+        got = run(model, batch)
+    assert_same_run(got, want)
+    assert sharing.stats.calls == 2
+
+
+def test_threads():
+    """Two models at once, each with batches of its own: no plan goes to the wrong one."""
+    models = [tiny_model(), tiny_model("qwen3")]
+    batches = [[preference_batch(seed=i + 10 * j) for i in range(6)] for j in range(2)]
+    wants = [[outputs(m, b) for b in bs] for m, bs in zip(models, batches, strict=True)]
+
+    def work(j):
+        for i in list(range(6)) * 5:
+            got, real = outputs(models[j], batches[j][i]), batches[j][i].attention_mask.bool()
+            torch.testing.assert_close(got[real], wants[j][i][real], atol=1e-5, rtol=1e-4)
+
+    handles = [enable_prefix_sharing(model) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    assert [handle.stats.calls for handle in handles] == [30, 30]
 
 
 def test_the_plan_is_remembered_for_equal_rows_only(monkeypatch):
