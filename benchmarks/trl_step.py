@@ -6,9 +6,9 @@ Both run the same batches of the same trainer in turn, so a slow spell of the ma
 The ideal is the ratio of decoder tokens: cells of the padded rows over tokens of the packed row.
 
 Sharing does not touch the LM head. On CUDA, TRL projects completion tokens only; elsewhere it
-projects every cell of the rows, which with a small model is half of a step. The table therefore
-comes twice: with TRL's choice for this device, and with completion tokens only, as on CUDA; both
-runs of a table use the same head.
+projects every cell of the rows, which with a small model is a third to a half of a step. The table
+therefore comes twice: with TRL's choice for this device, and with completion tokens only, as on
+CUDA. Both runs of a table use the same head.
 """
 
 import argparse
