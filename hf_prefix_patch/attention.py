@@ -36,7 +36,7 @@ class Backend:
         name: what `enable_prefix_sharing(backend=...)` takes.
         attend: `(query, key, value, *, scaling, dropout, sliding_window, softcap, **descriptors)`
             to `[1, N, heads, head_dim]`; query, key and value are `[1, heads, N, head_dim]`.
-        plan: from the tree, what `attend` needs beside the five public descriptors; once a batch.
+        plan: from the tree, what `attend` needs beside the five public descriptors; once a call.
     """
 
     name: str

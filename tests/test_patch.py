@@ -12,7 +12,14 @@ from families import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_prefix_patch import SharingStats, disable_prefix_sharing, enable_prefix_sharing, plans
+from hf_prefix_patch import (
+    PrefixTree,
+    SharingStats,
+    disable_prefix_sharing,
+    enable_prefix_sharing,
+    hooks,
+    plans,
+)
 
 
 def outputs(model, batch):
@@ -198,6 +205,15 @@ def test_reference_forward_between_forward_and_backward():
     assert sharing.stats.calls == 2
     for ours, theirs in zip(got, want, strict=True):
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_stacked_hidden_states_come_back_as_rows():
+    """Gemma 3n stacks several hidden states ahead of the batch."""
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    packed = torch.randn(5, 1, tree.packed_tokens, 8)
+    rows = hooks._unpack_output(tree, packed)
+    assert rows.shape == (5, 2, 3, 8)
+    assert torch.equal(rows[3], tree.unpack(packed[3]))
 
 
 def test_two_models_do_not_touch_each_other():

@@ -13,6 +13,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.support import (
     bypass_reason,
+    check_peft,
     layer_types,
     rope_depends_on_length,
     sliding_window,
@@ -106,6 +107,16 @@ def test_vision_language_models_are_refused():
     model = transformers.LlavaForConditionalGeneration(config)
     with pytest.raises(NotImplementedError, match="composite"):
         enable_prefix_sharing(model)
+
+
+@pytest.mark.parametrize("kind", ["POLY", "XLORA", "LILY", "SHADOW", "velora"])
+def test_adapters_that_depend_on_the_batch_are_refused(kind):
+    plain = {"peft_type": "LORA", "velora_config": None, "is_prompt_learning": False}
+    changes = {"velora_config": object()} if kind == "velora" else {"peft_type": kind}
+    check_peft(types.SimpleNamespace(peft_config={"a": types.SimpleNamespace(**plain)}))
+    config = types.SimpleNamespace(**plain | changes)
+    with pytest.raises(NotImplementedError, match=r"'a' .* depends on the rows"):
+        check_peft(types.SimpleNamespace(peft_config={"a": config}))
 
 
 def call(model, **changes):
