@@ -10,19 +10,23 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.attention import EMPTY_MASK, NAME, Backend
+from hf_prefix_patch.attention import EMPTY_MASK, NAME
+from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, forget, plan_rows
+from hf_prefix_patch.selection import Selection, head_dims, needs_of, select
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.support import CACHE_BY_DEFAULT, bypass_reason
+from hf_prefix_patch.support import CACHE_BY_DEFAULT, bypass_reason, layer_slides
 from hf_prefix_patch.tree import PrefixTree
 
 OnBypass = Literal["warn", "ignore", "raise"]
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _STATE = "_prefix_sharing"
 _PATIENCE = 8  # training calls without a shared token before saying so
@@ -31,8 +35,10 @@ _PATIENCE = 8  # training calls without a shared token before saying so
 class BackbonePatch:
     """State of one patched decoder stack; lives on the module as a plain attribute."""
 
-    def __init__(self, backbone: PreTrainedModel, backend: Backend, on_bypass: OnBypass) -> None:
+    def __init__(self, backbone: PreTrainedModel, backend: str, on_bypass: OnBypass) -> None:
         self.backend = backend
+        self.head_dims = head_dims(backbone)
+        self._selections: dict[tuple[str, Needs], Selection] = {}
         self.on_bypass: OnBypass = on_bypass
         self.stats = SharingStats()
         self.warned: set[str] = set()
@@ -53,6 +59,18 @@ class BackbonePatch:
                 module.config = config.prefix_sharing_original
         delattr(backbone, _STATE)
         forget()
+
+    def selection(self, backbone: PreTrainedModel) -> Selection:
+        """The backend for a call in the present state of model and autocast.
+
+        Raises:
+            NotImplementedError, RuntimeError: as `select`.
+        """
+        needs = needs_of(backbone, self.head_dims)
+        key = self.backend, needs
+        if key not in self._selections:
+            self._selections[key] = select(self.backend, needs, type(backbone).__name__)
+        return self._selections[key]
 
     def bypass(self, reason: str, *, training: bool) -> None:
         """Count a call that runs as it is, and tell the user as asked."""
@@ -88,11 +106,17 @@ class BackbonePatch:
             )
 
 
+def _untraced(function: Hook) -> Hook:
+    """Keep torch.compile out: the hooks read token ids on the host."""
+    return cast(Hook, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
 def patch_of(backbone: PreTrainedModel) -> BackbonePatch | None:
     """The patch that a decoder stack carries, if any."""
     return backbone.__dict__.get(_STATE)
 
 
+@_untraced
 def pack_rows(
     backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -102,33 +126,37 @@ def pack_rows(
     inputs = dict(kwargs)
     if args:
         inputs |= zip(inspect.signature(backbone.forward).parameters, args, strict=False)
-    reason = bypass_reason(backbone, inputs)
-    tree = None
+    reason, plan = bypass_reason(backbone, inputs), None
     if reason is None:
-        tree, reason = plan_rows(backbone, inputs)
+        plan = plan_rows(backbone, inputs)
+        reason = plan.reason
+    tree = None if plan is None else plan.tree
     training = backbone.training and torch.is_grad_enabled()
     if training:
         patch.watch(tree)
     if reason is not None:
         patch.bypass(reason, training=training)
         return None
+    assert plan is not None
     assert tree is not None
+    chosen = patch.selection(backbone)
     patch.stats.add(tree)
     ids = inputs["input_ids"]
     dtype = next(x.dtype for x in backbone.parameters() if x.is_floating_point())
-    inputs |= tree.model_kwargs() | patch.backend.plan(tree)
+    inputs |= tree.model_kwargs() | plan.backend_kwargs(chosen.backend, chosen.needs)
     inputs |= {
         "input_ids": tree.pack(ids),
         # transformers hands a 4-D mask on as it is. Shared attention reads none; any other
         # attention that meets one of no size fails, where it would leak between branches.
         "attention_mask": torch.zeros(EMPTY_MASK, dtype=dtype, device=ids.device),
         "use_cache": False,
-        "tree_attend": patch.backend.attend,
+        "tree_backend": chosen.backend,
         "tree_rows": tree,
     }
     return (), inputs
 
 
+@_untraced
 def unpack_rows(
     backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
@@ -161,24 +189,34 @@ class _SharedAttentionConfig:
 
     The model's own config stays as the user set it: saving, mask creation and models built from it
     never see a difference.
+
+    Attributes:
+        prefix_sharing_original: the model's config.
+        prefix_sharing_slides: whether the modules with this view have a sliding window; None if
+            they do not say which layer they are.
     """
 
     _attn_implementation = _attn_implementation_internal = NAME
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, slides: bool | None) -> None:
         self.prefix_sharing_original = original
+        self.prefix_sharing_slides = slides
 
     def __getattr__(self, name: str) -> Any:
-        if name == "prefix_sharing_original" or name.startswith("__"):  # before __init__: copying
+        if name.startswith(("prefix_sharing", "__")):  # before __init__: copying
             raise AttributeError(name)
         return getattr(self.prefix_sharing_original, name)
 
 
 def _swap_attention_configs(backbone: PreTrainedModel) -> None:
-    views: dict[int, _SharedAttentionConfig] = {}
+    # One view for all layers of a kind: compiled code is made for each object it sees.
+    views: dict[tuple[int, bool | None], _SharedAttentionConfig] = {}
     for module in backbone.modules():
         config: Any = getattr(module, "config", None)
         if config is None or module is backbone or "attention" not in type(module).__name__.lower():
             continue
-        view: Any = views.setdefault(id(config), _SharedAttentionConfig(config))
+        layer = getattr(module, "layer_idx", None)
+        slides = None if layer is None else layer_slides(config, layer)
+        key = id(config), slides
+        view: Any = views.setdefault(key, _SharedAttentionConfig(config, slides))
         module.config = view

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from functools import reduce
 from operator import add
 from types import TracebackType
@@ -11,11 +12,12 @@ from typing import Any, cast, get_args
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.attention import BACKENDS, Backend
+from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
+from hf_prefix_patch.selection import Selection
 from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.support import check_model, check_peft
-from hf_prefix_patch.trainer import MetricsLog, check_trainer, is_trainer, models_of
+from hf_prefix_patch.trainer import MetricsLog, autocast_of, check_trainer, is_trainer, models_of
 from hf_prefix_patch.verify import verify_sharing
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,17 @@ class PrefixSharing:
 
     @property
     def backend(self) -> str:
-        """Name of the attention backend in use."""
-        return self._patches[0].backend.name
+        """Name of the attention backend that serves the (policy) model in its present state: on
+        its device, in its dtype, under autocast or not."""
+        return self._selection().backend.name
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """By name, why each other backend is not the one in use."""
+        return dict(self._selection().passed_over)
+
+    def _selection(self) -> Selection:
+        return self._patches[0].selection(self._backbones[0])
 
     def remove(self) -> None:
         """Undo the patch; nothing of it is left. Removing twice is fine."""
@@ -66,7 +77,7 @@ class PrefixSharing:
     def __repr__(self) -> str:
         active = any(map(patch_of, self._backbones))
         state = "active" if active else "removed"
-        return f"PrefixSharing({state}, backend={self.backend!r}, stats={self.stats})"
+        return f"PrefixSharing({state}, backend={self._patches[0].backend!r}, stats={self.stats})"
 
 
 def enable_prefix_sharing(
@@ -86,9 +97,11 @@ def enable_prefix_sharing(
     Args:
         target: a `PreTrainedModel`, a PEFT, DDP, FSDP or compiled wrapper of one, or a
             `transformers.Trainer` (any TRL trainer): then its model and its `ref_model`.
-        backend: `"auto"` or the name of an attention backend (`"sdpa"`).
-        verify: run a small random batch shared and unshared and compare; on a mismatch the model
-            is restored and the call raises. No gradient and no random state is touched.
+        backend: `"auto"`, which picks at every call by device, dtype and what the model's
+            attention needs, or the name of one: `"torch_varlen"`, `"flash"`, `"sdpa"`, `"flex"`.
+        verify: run a small random batch shared and unshared and compare (for a trainer, under its
+            autocast); on a mismatch the model is restored and the call raises. No gradient and no
+            random state is touched.
         on_bypass: what a training call that cannot be shared does beside running unshared and being
             counted: `"warn"` once a reason, `"ignore"`, or `"raise"` a RuntimeError; so does a
             call outside training that is not shared for want of `use_cache=False`. Batches with
@@ -97,13 +110,15 @@ def enable_prefix_sharing(
             `prefix_sharing/packed_tokens` to what the trainer logs.
 
     Returns:
-        The handle: a context manager with `.remove()`, `.stats` and `.backend`.
+        The handle: a context manager with `.remove()`, `.stats`, `.backend` and `.passed_over`.
 
     Raises:
         TypeError: `target` holds no `PreTrainedModel`.
         ValueError: an unknown backend or option, or `log_metrics` without a trainer.
-        NotImplementedError: a model, an adapter or a trainer option that cannot be shared exactly.
-        RuntimeError: the verification found a difference.
+        NotImplementedError: a model, an adapter or a trainer option that cannot be shared exactly,
+            or a named backend that cannot serve this model where it is.
+        RuntimeError: the verification found a difference, or the backend's kernel computes wrong
+            results on this device.
 
     Example:
         >>> import torch
@@ -117,7 +132,9 @@ def enable_prefix_sharing(
         >>> logits.shape, sharing.stats.padded_tokens, sharing.stats.packed_tokens
         (torch.Size([2, 4, 64]), 8, 5)
     """
-    chosen = _backend(backend)
+    if backend != "auto" and backend not in BACKENDS:
+        names = sorted(BACKENDS)
+        raise ValueError(f"backend is {backend!r}, but must be 'auto' or one of {names}")
     if on_bypass not in get_args(OnBypass):
         raise ValueError(f"on_bypass is {on_bypass!r}, but must be one of {get_args(OnBypass)}")
     if log_metrics and not is_trainer(target):
@@ -132,21 +149,28 @@ def enable_prefix_sharing(
         check_trainer(target)
     backbones = [_backbone(model) for model in models]
     fresh = [backbone for backbone in backbones if patch_of(backbone) is None]
+    patched = [patch for patch in map(patch_of, backbones) if patch is not None]
+    before = [(patch, patch.backend, patch.on_bypass) for patch in patched]
     try:
         for backbone in backbones:
-            patch = patch_of(backbone) or BackbonePatch(backbone, chosen, on_bypass)
-            patch.backend, patch.on_bypass = chosen, on_bypass
-            if verify:
-                verify_sharing(backbone)
+            patch = patch_of(backbone) or BackbonePatch(backbone, backend, on_bypass)
+            patch.backend, patch.on_bypass = backend, on_bypass
+            with autocast_of(target) if is_trainer(target) else nullcontext():
+                chosen = patch.selection(backbone).backend.name
+                if verify:
+                    verify_sharing(backbone)
+            name = type(backbone).__name__
+            logger.info("prefix sharing enabled on %s, backend %s", name, chosen)
     except BaseException:
         PrefixSharing(fresh).remove()
+        for patch, old_backend, old_on_bypass in before:
+            patch.backend, patch.on_bypass = old_backend, old_on_bypass
         raise
     handle = PrefixSharing(backbones)
     if is_trainer(target):
         MetricsLog.remove_from(target)
     if log_metrics:
         handle._metrics = MetricsLog(target, handle)
-    logger.info("prefix sharing enabled on %s, backend %s", type(models[0]).__name__, chosen.name)
     return handle
 
 
@@ -166,12 +190,6 @@ def disable_prefix_sharing(target: Any) -> None:
             patch.remove(backbone)
     if is_trainer(target):
         MetricsLog.remove_from(target)
-
-
-def _backend(name: str) -> Backend:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}, but must be 'auto' or one of {sorted(BACKENDS)}")
-    return BACKENDS["sdpa" if name == "auto" else name]
 
 
 def _models(target: Any) -> list[Any]:

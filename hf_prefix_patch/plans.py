@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_prefix_patch.backends.base import Backend, Needs
 from hf_prefix_patch.support import rope_depends_on_length
 from hf_prefix_patch.tree import PrefixTree, has_holes, host_rows
 
 NOTHING_TO_GAIN = "nothing to gain"
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """The tree of a batch, or why there is none to use."""
 
     tree: PrefixTree | None
     reason: str | None
+    _of_backends: dict[tuple[Backend, Needs], dict[str, Any]] = field(default_factory=dict)
+
+    def backend_kwargs(self, backend: Backend, needs: Needs) -> dict[str, Any]:
+        """What the backend plans for this tree, once."""
+        assert self.tree is not None
+        key = backend, needs
+        if key not in self._of_backends:
+            with torch.inference_mode(False):  # it may serve a training call next
+                self._of_backends[key] = backend.plan(self.tree, needs)
+        return self._of_backends[key]
 
 
 def plan_rows(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Plan:

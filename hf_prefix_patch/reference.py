@@ -1,6 +1,6 @@
 """Shared attention by duplicating rows: the specification, slow and plain.
 
-Tests and docs hold every backend to this; nothing in the library calls it.
+Tests hold every backend to this, and the check of a kernel at run time does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def duplicated_rows_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
     """Copy every shared prefix back into its rows and run dense causal attention on those.
 
@@ -28,6 +29,7 @@ def duplicated_rows_attention(
         query: `[1, heads, N, head_dim]`; `key` and `value` `[1, kv_heads, N, head_dim]`.
         sliding_window: number of keys seen, the query's own included.
         softcap: scores become `softcap * tanh(scores / softcap)`.
+        s_aux: `[heads]` attention sinks: one more score of each query, whose weight goes nowhere.
 
     Returns:
         `[1, N, heads, head_dim]`, each packed token read from the first row that holds it.
@@ -45,7 +47,11 @@ def duplicated_rows_attention(
     real = torch.zeros(tree.padded_tokens, dtype=torch.bool, device=query.device)
     real[tree.cell] = True
     real = real.view(tree.num_rows, 1, 1, tree.row_length)
-    weights = scores.masked_fill(~(visible & real), -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~(visible & real), -torch.inf)
+    if s_aux is not None:
+        sink = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., : tree.row_length]
     # A padded query sees no key; its softmax is 0/0 and must not reach the packed row.
     weights = weights.masked_fill(~real.transpose(2, 3), 0.0)
     return tree.pack((weights @ v).transpose(1, 2))

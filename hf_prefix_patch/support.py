@@ -59,10 +59,6 @@ def check_model(model: PreTrainedModel) -> None:
         getattr(module, "is_causal", True) is False for module in model.modules()
     ):
         raise _refusal(name, "uses bidirectional attention", "sharing needs causal attention")
-    if any(getattr(module, "sinks", None) is not None for module in model.modules()):
-        raise _refusal(
-            name, "has attention sinks", "no prefix-sharing backend of this version serves them"
-        )
     unsloth = next((m for m in model.modules() if _is_unsloth(m)), None)
     if unsloth is not None:
         raise _refusal(
@@ -123,16 +119,20 @@ def sliding_window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def layer_window(config: Any, layer: int) -> int | None:
-    """Sliding window of one decoder layer."""
+def layer_slides(config: Any, layer: int) -> bool:
+    """Whether a decoder layer has a sliding window."""
     types = layer_types(config)
-    slides = layer < len(types) and types[layer] == "sliding_attention"
-    return sliding_window(config) if slides else None
+    return layer < len(types) and types[layer] == "sliding_attention"
 
 
 def has_neftune(model: PreTrainedModel) -> bool:
     """Whether the embeddings carry NEFTune's mark (transformers sets it when training begins)."""
     return getattr(model.get_input_embeddings(), "neftune_noise_alpha", None) is not None
+
+
+def has_sinks(backbone: nn.Module) -> bool:
+    """Whether attention layers have sinks, a learnt score beside those of the keys."""
+    return any(getattr(module, "sinks", None) is not None for module in backbone.modules())
 
 
 def has_experts(config: Any) -> bool:

@@ -6,6 +6,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from hf_prefix_patch.patch import PrefixSharing
 
@@ -20,6 +22,14 @@ def models_of(trainer: Any) -> list[Any]:
     """The policy and, where the trainer keeps one, the reference model."""
     models = [trainer.model, getattr(trainer, "ref_model", None)]
     return [model for model in models if model is not None]
+
+
+def autocast_of(trainer: Any) -> torch.autocast:
+    """The autocast that the trainer runs its models under."""
+    args, device = trainer.args, trainer.model.device.type
+    dtype = torch.bfloat16 if getattr(args, "bf16", False) else torch.float16
+    enabled = getattr(args, "bf16", False) or getattr(args, "fp16", False)
+    return torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 def check_trainer(trainer: Any) -> None:

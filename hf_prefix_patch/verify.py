@@ -55,16 +55,17 @@ def verify_sharing(backbone: PreTrainedModel) -> None:
         )
     error = _error(shared, unshared)
     rows = [row[real] for row, real in zip(error, mask.bool(), strict=True)]
+    dtype = patch.selection(backbone).needs.dtype
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
-    routed = unshared.dtype in TOLERANCE and has_experts(backbone.config)
+    routed = dtype in TOLERANCE and has_experts(backbone.config)
     worst = max((row[_RESPONSE:].median() if routed else row.max()).item() for row in rows)
-    least, most = TOLERANCE.get(unshared.dtype, TOLERANCE_FP32)
+    least, most = TOLERANCE.get(dtype, TOLERANCE_FP32)
     noise = _error(moved, unshared)[mask.bool()].max().item()
     tolerance = max(least, min(4 * noise, most))  # least, if padding makes the model itself NaN
     if not worst <= tolerance:
         raise RuntimeError(
             f"verification of prefix sharing failed: hidden states of {name} differ from the "
-            f"unshared ones by {worst:.2e} of their norm, where {unshared.dtype} allows "
+            f"unshared ones by {worst:.2e} of their norm, where {dtype} allows "
             f"{tolerance:.0e}; the model was restored. It takes positions from the mask, or "
             "something beside attention looks across the tokens of a row; run it unpatched."
         )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prefix_patch import PrefixTree
+
 
 @dataclass
 class Batch:
@@ -51,6 +53,16 @@ def pad_rows(
         batch.attention_mask[r, start : start + len(row)] = 1
         batch.completion[r, start + prompt : start + len(row)] = 1
     return batch
+
+
+def packed_inputs(
+    tree: PrefixTree, heads: int = 4, kv_heads: int = 2, size: int = 8, seed: int = 0
+) -> list[Tensor]:
+    """Random query, key and value of the packed row, `[1, heads, N, size]` fp64, with gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, n, tree.packed_tokens, size) for n in (heads, kv_heads, kv_heads)]
+    draws = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [x.requires_grad_() for x in draws]
 
 
 def completion_logps(logits: Tensor, batch: Batch) -> Tensor:

@@ -41,8 +41,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1, **_EXPERTS},
     ),
+    "gpt-oss": ("GptOss", {"num_local_experts": 4, **_WINDOWED, **_EXPERTS}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None, **_EXPERTS}),
 }
+
+NO_SDPA = {"gemma2", "gpt-oss"}
+"""Families for which transformers has no sdpa: a soft cap, sinks."""
 
 
 def tiny_model(family: str = "llama", attention: str = "sdpa", **changes: Any) -> PreTrainedModel:

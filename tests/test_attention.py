@@ -1,73 +1,16 @@
-"""The sdpa backend against attention on duplicated rows, and the delegation without descriptors."""
+"""The registered function: what it refuses, and the delegation without descriptors."""
 
 import pytest
 import torch
+from batches import packed_inputs
 from families import tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_tree import batches
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from hf_prefix_patch import PrefixTree, enable_prefix_sharing
-from hf_prefix_patch.attention import prefix_sharing_attention, sdpa_attend, sdpa_plan
-from hf_prefix_patch.reference import duplicated_rows_attention
-
-
-def qkv(tree, heads=4, kv_heads=2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(1, n, tree.packed_tokens, 8) for n in (heads, kv_heads, kv_heads)]
-    return [
-        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes
-    ]
-
-
-def attend(tree, inputs, **options):
-    settled = {"dropout": 0.0, "sliding_window": None, "softcap": None, **options}
-    return sdpa_attend(*inputs, scaling=0.3, **settled, **sdpa_plan(tree))
-
-
-def assert_equals_duplicated_rows(tree, **options):
-    inputs = qkv(tree)
-    got = attend(tree, inputs, **options)
-    want = duplicated_rows_attention(tree, *inputs, scaling=0.3, **options)
-    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
-    direction = torch.randn_like(want)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, inputs, direction),
-        torch.autograd.grad(want, inputs, direction),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
-
-
-@given(batches(), st.sampled_from([None, 1, 2, 3, 5]), st.sampled_from([None, 1.5]))
-@settings(deadline=None, max_examples=150)
-def test_equals_duplicated_rows(batch, window, softcap):
-    """Output and gradients in fp64, any tree, windows and soft caps."""
-    tree = PrefixTree.from_rows(*batch)
-    assert_equals_duplicated_rows(tree, sliding_window=window, softcap=softcap)
-
-
-@pytest.mark.parametrize("prefix", [1, 6, 40])
-@pytest.mark.parametrize("window", [None, 4, 30])
-def test_short_and_long_prefixes(prefix, window):
-    """Both ways to align a segment with the keys ahead of it, and the cut to the window."""
-    start = list(range(prefix))
-    rows = [start + [100] * 12, start + [101] * 12]
-    assert_equals_duplicated_rows(PrefixTree.from_rows(rows), sliding_window=window)
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_dropout_keeps_the_mean(softcap):
-    """Attention weights are dropped at the given rate and scaled up: the mean stays."""
-    tree = PrefixTree.from_rows([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7]])
-    inputs = [x.detach() for x in qkv(tree)]
-    plain = attend(tree, inputs, softcap=softcap)
-    torch.manual_seed(0)
-    draws = [attend(tree, inputs, softcap=softcap, dropout=0.5) for _ in range(4000)]
-    assert not torch.allclose(draws[0], draws[1])
-    torch.testing.assert_close(torch.stack(draws).mean(0), plain, atol=0.12, rtol=0)
+from hf_prefix_patch.attention import prefix_sharing_attention
+from hf_prefix_patch.backends.sdpa import SDPA
+from hf_prefix_patch.backends.varlen import TORCH_VARLEN
 
 
 def test_model_dropout_reaches_shared_attention():
@@ -82,33 +25,48 @@ def test_model_dropout_reaches_shared_attention():
     assert sharing.stats.calls == 4
 
 
-@pytest.mark.parametrize("feature", ["s_aux", "sinks", "position_bias", "indices"])
-def test_features_that_no_backend_serves_are_refused(feature):
-    module = tiny_model().model.layers[0].self_attn
+def packed_call(module, mask=None, backend=SDPA, **kwargs):
     tree = PrefixTree.from_rows([[1, 2], [1, 3]])
-    with pytest.raises(NotImplementedError, match=f"passes '{feature}'"):
-        prefix_sharing_attention(
-            module,
-            *qkv(tree),
-            None,
-            tree_attend=sdpa_attend,
-            **sdpa_plan(tree),
-            **{feature: torch.ones(1)},
-        )
+    inputs = packed_inputs(tree)
+    plan = SDPA.plan(tree, None)
+    return prefix_sharing_attention(module, *inputs, mask, tree_backend=backend, **plan, **kwargs)
+
+
+@pytest.mark.parametrize("argument", ["sinks", "position_bias", "indices"])
+def test_arguments_that_no_backend_serves_are_refused(argument):
+    module = tiny_model().model.layers[0].self_attn
+    with pytest.raises(NotImplementedError, match=f"passes '{argument}'"):
+        packed_call(module, **{argument: torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("call", "feature"),
+    [
+        ({"softcap": 2.0}, "softcap"),
+        ({"s_aux": torch.ones(4)}, "sinks"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_features_that_a_backend_has_not_are_refused_at_the_call(call, feature):
+    """Whatever the config said when the backend was picked."""
+    module = tiny_model().model.layers[0].self_attn
+    with pytest.raises(NotImplementedError, match=f"uses {feature} .* 'torch_varlen' does not"):
+        packed_call(module, backend=TORCH_VARLEN, **call)
 
 
 def test_a_mask_made_by_the_layer_is_refused():
     """A layer that adds a bias of its own to the mask would lose it."""
     module = tiny_model().model.layers[0].self_attn
-    tree = PrefixTree.from_rows([[1, 2], [1, 3]])
     with pytest.raises(NotImplementedError, match=r"mask of its own, of shape \[1, 4, 3, 3\]"):
-        prefix_sharing_attention(
-            module,
-            *qkv(tree),
-            torch.zeros(1, 4, 3, 3),
-            tree_attend=sdpa_attend,
-            **sdpa_plan(tree),
-        )
+        packed_call(module, torch.zeros(1, 4, 3, 3))
+
+
+def test_a_window_that_the_config_does_not_have_is_refused():
+    model = tiny_model("mistral-window")
+    with enable_prefix_sharing(model):
+        module = model.model.layers[0].self_attn
+        with pytest.raises(NotImplementedError, match=r"window 3 to its .* but the config says 5"):
+            packed_call(module, sliding_window=3)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

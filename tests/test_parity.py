@@ -3,7 +3,7 @@
 import pytest
 import torch
 from batches import LayerTokens, assert_same_run, pad_rows, preference_batch, run
-from families import FAMILIES, tiny_model
+from families import FAMILIES, NO_SDPA, tiny_model
 
 from hf_prefix_patch import enable_prefix_sharing
 
@@ -16,10 +16,9 @@ def set_checkpointing(model, mode):
         model.enable_input_require_grads()
 
 
-# transformers has no sdpa for Gemma 2.
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [(f, a) for f in FAMILIES for a in ("sdpa", "eager") if (f, a) != ("gemma2", "sdpa")],
+    [(f, a) for f in FAMILIES for a in ("sdpa", "eager") if a == "eager" or f not in NO_SDPA],
 )
 @pytest.mark.parametrize("mode", CHECKPOINTING)
 @pytest.mark.parametrize("padding", ["left", "right"])

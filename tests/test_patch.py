@@ -357,7 +357,7 @@ def test_backend_is_named_and_logged(caplog):
     model = tiny_model()
     with caplog.at_level(logging.INFO, "hf_prefix_patch"), enable_prefix_sharing(model) as sharing:
         assert sharing.backend == "sdpa"
-    assert "enabled on LlamaForCausalLM, backend sdpa" in caplog.text
+    assert "enabled on LlamaModel, backend sdpa" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,6 @@ def refused_models():
             "attention registry",
         ),
         "bidirectional": (bidirectional, "bidirectional attention"),
-        "sinks": (
-            build("GptOss", **_SMALL, num_local_experts=2, num_experts_per_tok=1),
-            "attention sinks",
-        ),
         "NEFTune": (noisy, "NEFTune noise"),
         "Unsloth": (unsloth, r"patched by Unsloth \(LlamaAttention\)"),
     }
@@ -83,7 +79,6 @@ def refused_models():
         "layer type",
         "no registry",
         "bidirectional",
-        "sinks",
         "NEFTune",
         "Unsloth",
     ],

@@ -8,6 +8,7 @@ from families import FAMILIES, tiny_model
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from hf_prefix_patch import attention, enable_prefix_sharing, hooks
+from hf_prefix_patch.backends.base import as_tensor, chain_blocks
 from hf_prefix_patch.tree import PrefixTree
 
 
@@ -18,15 +19,16 @@ def enable_with(monkeypatch, model, **changes):
     return enable_prefix_sharing(model)
 
 
-def leaking_plan(tree: PrefixTree):
-    """Every segment sees all that stands before it in the packed row, other branches included."""
-    paths = [tuple(range(s + 1)) for s in range(len(tree.parents))]
-    return {"tree_segments": tuple(zip(tree.segment_lengths, paths, strict=True))}
+def leaking_plan(tree: PrefixTree, needs):
+    """Every chain sees all that stands before it in the packed row, other branches included."""
+    chains = {block[:2] for block in chain_blocks(tree)}
+    blocks = [x for q0, q1 in sorted(chains) for x in ((q0, q1, 0, q0), (q0, q1, q0, q1)) if x[3]]
+    return {"tree_blocks": as_tensor(blocks)}
 
 
-def forgetful_plan(tree: PrefixTree):
-    """Every segment sees itself alone: responses lose their prompt."""
-    return {"tree_segments": tuple((n, (s,)) for s, n in enumerate(tree.segment_lengths))}
+def forgetful_plan(tree: PrefixTree, needs):
+    """Every chain sees itself alone: responses lose their prompt."""
+    return {"tree_blocks": as_tensor([x for x in chain_blocks(tree) if x[:2] == x[2:]])}
 
 
 @pytest.mark.parametrize("plan", [leaking_plan, forgetful_plan])
@@ -95,7 +97,7 @@ def test_windows_in_the_mask_alone_are_refused(verify):
         layer_types=["sliding_attention"] * 2,
     )
     model = Qwen2MoeForCausalLM(config).train()
-    message = "layer 0 passes the sliding window None .* but the config says 4000"
+    message = "passes the sliding window None .* but the config says 4000"
     with pytest.raises(NotImplementedError, match=message):
         enable_prefix_sharing(model, verify=verify)(model(torch.tensor([[3, 4, 5], [3, 4, 6]])))
 

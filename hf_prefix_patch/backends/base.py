@@ -1,0 +1,119 @@
+"""What a backend is, what a model needs of one, and the chains that they attend by.
+
+A *chain* is a segment followed by the first child of each: a stretch of the packed row that is also
+the end of one root-to-leaf path. A prompt and its first response are one chain, every further
+response is another. In a chain attention is causal, and what its tokens see beside it is the part
+of its ancestors' chains before it branched off, whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_prefix_patch.tree import PrefixTree
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the attention of a model asks of a backend, in the state that it is called in.
+
+    Attributes:
+        device: where the model runs.
+        dtype: that attention computes in: autocast's if it is on, else the model's.
+        implementation: what the model's config names (`"sdpa"`, `"flash_attention_2"`, ...).
+        head_dims: sizes of its query, key and value heads.
+        windows: sliding windows of its layers, in keys; None stands for a layer without one.
+        features: those of `"window"`, `"softcap"`, `"sinks"` and `"dropout"` that it uses.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    implementation: str
+    head_dims: frozenset[int]
+    windows: frozenset[int | None]
+    features: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run shared attention.
+
+    Attributes:
+        name: what `enable_prefix_sharing(backend=...)` takes.
+        attend: `(module, query, key, value, *, scaling, dropout, sliding_window, softcap, s_aux,
+            **descriptors)` to `[1, N, heads, head_dim]`; query, key and value are
+            `[1, heads, N, head_dim]`.
+        plan: from the tree and the needs, what `attend` wants beside the five public descriptors;
+            once a batch.
+        unserved: why it cannot serve these needs; None if it can.
+        features: the optional arguments that `attend` honours, named as in `Needs.features`.
+    """
+
+    name: str
+    attend: Callable[..., Tensor]
+    plan: Callable[[PrefixTree, Needs], dict[str, Any]]
+    unserved: Callable[[Needs], str | None]
+    features: frozenset[str]
+
+
+def chain_blocks(tree: PrefixTree) -> list[tuple[int, int, int, int]]:
+    """`(query start, query stop, key start, key stop)`, chain by chain, each path from the root.
+
+    The last block of a chain is the chain itself, causal; its other blocks are seen whole.
+    """
+    stops: list[int] = []
+    paths: list[tuple[tuple[int, int], ...]] = []  # of each segment, as packed stretches
+    chains: list[tuple[tuple[int, int], ...]] = []
+    offset = 0
+    for parent, length in zip(tree.parents, tree.segment_lengths, strict=True):
+        start, stop = offset, offset + length
+        path = paths[parent] if parent >= 0 else ()
+        if parent >= 0 and stops[parent] == start:
+            path = (*path[:-1], (path[-1][0], stop))
+            chains[-1] = path
+        else:
+            path = (*path, (start, stop))
+            chains.append(path)
+        stops.append(stop)
+        paths.append(path)
+        offset = stop
+    return [(*path[-1], *block) for path in chains for block in path]
+
+
+def as_tensor(blocks: Sequence[Sequence[int]]) -> Tensor:
+    """Blocks as `[4 M]` int64 on the host: what operators in compiled layers can take.
+
+    Flat, because torch.compile makes code of its own for a dimension of one.
+    """
+    return varying(torch.tensor([x for block in blocks for x in block], dtype=torch.int64))
+
+
+def varying(x: Tensor) -> Tensor:
+    """Tell torch.compile, if anyone uses it, that the length of `x` changes from batch to batch."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.maybe_mark_dynamic(x, 0)
+    return x
+
+
+def as_blocks(flat: Tensor) -> list[list[int]]:
+    """What `as_tensor` was given."""
+    blocks: list[list[int]] = flat.view(-1, 4).tolist()
+    return blocks
+
+
+def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """fp32 tensors as autocast's type if it is on: as it treats attention's own inputs."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)

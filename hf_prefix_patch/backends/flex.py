@@ -1,0 +1,167 @@
+"""The `flex` backend: FlexAttention with a block-sparse mask, as in the paper (arXiv 2410.20305).
+
+The mask is made once per batch from the same tree as the other backends' descriptors. It needs the
+packed row to be depth-first: a token sees those before it whose subtree it stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from hf_prefix_patch.backends.base import HALF, Backend, Needs, to_autocast_dtype
+from hf_prefix_patch.tree import PrefixTree
+
+_BLOCK = 128
+
+
+def flex_attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    tree_block_masks: dict[int | None, BlockMask],
+    **unused: Any,
+) -> Tensor:
+    """Shared attention by `flex_attention`.
+
+    Args:
+        query: `[1, heads, N, head_dim]`; key and value may have fewer heads.
+        sliding_window: number of keys seen, the query's own included.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        s_aux: `[heads]` attention sinks.
+        tree_block_masks: one for each window of the model's layers.
+
+    Returns:
+        `[1, N, heads, head_dim]`.
+    """
+    query, key, value = to_autocast_dtype(query, key, value)
+    output = _flex()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _soft_capped(softcap),
+        block_mask=tree_block_masks[sliding_window],
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=None if s_aux is None else AuxRequest(lse=True),
+    )
+    if s_aux is not None:
+        # One more score in the softmax whose weight goes nowhere.
+        output, aux = output
+        kept = torch.sigmoid(aux.lse - s_aux.to(aux.lse.dtype).view(1, -1, 1))
+        output = (output * kept[..., None]).to(query.dtype)
+    return output.transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _flex() -> Callable[..., Any]:
+    if torch.compiler.is_compiling():
+        return cast(Callable[..., Any], flex_attention)
+    return _compiled_flex()
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+@cache
+def _soft_capped(softcap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    return score_mod
+
+
+def tree_block_mask(tree: PrefixTree, window: int | None, device: torch.device) -> BlockMask:
+    """The mask of the packed row, `[N, N]` in blocks of 128, without ever building it whole.
+
+    Blocks of which some or all entries are visible follow from the least and greatest subtree end
+    and depth of their tokens.
+    """
+    end, depth = (torch.tensor(x, device=device) for x in _ends_and_depths(tree))
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        seen = (kv <= q) & (q < end[kv])
+        return seen if window is None else seen & (depth[q] - depth[kv] < window)
+
+    tokens = tree.packed_tokens
+    first = torch.arange(0, tokens, _BLOCK, device=device)
+    last = (first + _BLOCK - 1).clamp(max=tokens - 1)
+    least_end, most_end = _extremes(end, first)
+    least_depth, most_depth = _extremes(depth, first)
+    below = first[:, None] > last  # every query of the block stands after every key
+    some = (below & (first[:, None] < most_end)) | (first[:, None] == first)
+    every = below & (last[:, None] < least_end)
+    if window is not None:
+        some &= least_depth[:, None] - most_depth < window
+        every &= most_depth[:, None] - least_depth < window
+    return BlockMask.from_kv_blocks(
+        *_block_lists(some & ~every),
+        *_block_lists(every),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def _ends_and_depths(tree: PrefixTree) -> tuple[list[int], list[int]]:
+    """Of each packed token: where its subtree ends, and how many tokens stand before it."""
+    stops: list[int] = []
+    for length in tree.segment_lengths:
+        stops.append(length + (stops[-1] if stops else 0))
+    subtree = list(stops)
+    for segment in range(len(stops) - 1, -1, -1):
+        parent = tree.parents[segment]
+        if parent >= 0:
+            subtree[parent] = max(subtree[parent], subtree[segment])
+    ends: list[int] = []
+    depths: list[int] = []
+    for length, path, end in zip(tree.segment_lengths, tree.path_lengths, subtree, strict=True):
+        ends += [end] * length
+        depths += range(path - length, path)
+    return ends, depths
+
+
+def _extremes(x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest value in each block; the last token fills up the last block."""
+    filled = torch.cat([x, x[-1:].expand(len(first) * _BLOCK - len(x))]).view(-1, _BLOCK)
+    return filled.amin(1), filled.amax(1)
+
+
+def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row of `[Q, KV]` bool blocks marks, and which, marked ones first."""
+    order = torch.argsort(blocks.to(torch.int8), dim=1, descending=True, stable=True)
+    return blocks.sum(1).to(torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+
+def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
+    masks = {window: tree_block_mask(tree, window, needs.device) for window in needs.windows}
+    return {"tree_block_masks": masks}
+
+
+def _unserved(needs: Needs) -> str | None:
+    if needs.device.type != "cuda":
+        return f"it has no backward on {needs.device.type}, only on a CUDA device"
+    if needs.dtype not in (*HALF, torch.float32):
+        return f"it does not compute in {str(needs.dtype).removeprefix('torch.')}"
+    return None
+
+
+FLEX = Backend(
+    name="flex",
+    attend=flex_attend,
+    plan=_plan,
+    unserved=_unserved,
+    features=frozenset({"window", "softcap", "sinks"}),
+)

@@ -1,0 +1,268 @@
+"""The `sdpa` backend: `scaled_dot_product_attention` for one chain after the other.
+
+Runs on every device and in every dtype, with windows, soft caps, sinks and dropout. Never builds a
+mask over the whole packed row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_prefix_patch.backends.base import (
+    Backend,
+    Needs,
+    as_blocks,
+    as_tensor,
+    chain_blocks,
+    to_autocast_dtype,
+)
+from hf_prefix_patch.backends.cpu import cpu_attention, served_on_cpu
+from hf_prefix_patch.tree import PrefixTree
+
+_CHUNK = 256  # queries that share a mask at most, where there is a window
+
+
+def sdpa_attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    tree_blocks: Tensor,
+    **unused: Any,
+) -> Tensor:
+    """Shared attention of the packed row.
+
+    Args:
+        query: `[1, heads, N, head_dim]`; key and value may have fewer heads.
+        sliding_window: number of keys seen, the query's own included.
+        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, section 2).
+        s_aux: `[heads]` attention sinks: one more score of each query, whose weight goes nowhere.
+        tree_blocks: of `as_tensor(chain_blocks(tree))`.
+
+    Returns:
+        `[1, N, heads, head_dim]`.
+    """
+    query, key, value = to_autocast_dtype(query, key, value)
+    plain = sliding_window is None and softcap is None and s_aux is None and not dropout
+    output: Tensor
+    if plain and served_on_cpu(query, key, value):
+        output = cpu_attention(query, key, value, tree_blocks, scaling)[0]
+        return output
+    options = (scaling, dropout, sliding_window, softcap)
+    if torch.compiler.is_compiling():
+        seed = torch.randint(2**62, (1,)) if dropout else None
+        output = chain_attention(query, key, value, s_aux, tree_blocks, seed, *options)
+        return output
+    return _attend_chains(query, key, value, s_aux, tree_blocks, *options)
+
+
+def _attend_chains(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    blocks: Tensor,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    outputs = []
+    for (start, stop), path in groupby(as_blocks(blocks), key=lambda block: block[:2]):
+        stretches = [slice(*block[2:]) for block in path]
+        q = query[:, :, start:stop]
+        k, v = (_join(x, stretches) for x in (key, value))
+        n, m = q.shape[2], k.shape[2]
+        narrow = window if window is not None and window < m else None
+        size = n if narrow is None else _CHUNK
+        for i in range(0, n, size):
+            chunk = q[:, :, i : i + size]
+            seen = m - n + i + chunk.shape[2]
+            first = 0 if narrow is None else max(0, m - n + i - narrow + 1)
+            inputs = (chunk, k[:, :, first:seen], v[:, :, first:seen])
+            if softcap is None and sinks is None:
+                output = _fused(*inputs, scaling, dropout, narrow)
+            else:
+                output = _explicit(*inputs, scaling, dropout, narrow, softcap, sinks)
+            outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _join(x: Tensor, stretches: list[slice]) -> Tensor:
+    pieces = [x[:, :, stretch] for stretch in stretches]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
+) -> Tensor:
+    """Causal attention of `n` queries to `m >= n` keys, aligned bottom-right."""
+    n, m = q.shape[2], k.shape[2]
+    # The causal kernel skips half of the scores but aligns top-left: up to as many keys ahead of
+    # the chain as it has queries, dummy queries before it cost less than a mask does.
+    align = m - n if window is None and 1 < n < m <= 2 * n else 0
+    causal = window is None and (n == m or align > 0)
+    mask = None if causal or (n == 1 and window is None) else _visible(n, m, window, q.device)
+    # Off the CPU, a mask or fp32 together with grouped queries leaves only the math kernel.
+    grouped = q.device.type == "cpu" or (mask is None and q.dtype != torch.float32)
+    if not grouped:
+        k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    output = F.scaled_dot_product_attention(
+        F.pad(q, (0, 0, align, 0)) if align else q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output[:, :, align:]
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with explicit scores, for what the fused kernels have no argument for."""
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    scores = q @ k.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    hidden = ~_visible(q.shape[2], k.shape[2], window, q.device)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    at_least_fp32 = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=at_least_fp32)[..., : k.shape[2]]
+    return F.dropout(weights.to(q.dtype), dropout) @ v
+
+
+def _visible(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
+    """`[n, m]` bool: the keys that each query sees; a window counts the query's own key."""
+    mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
+    return mask if window is None else mask.triu(m - n - window + 1)
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+# In a compiled layer the loop over chains would be unrolled and compiled anew for every tree. There
+# it is one opaque operator, which pays with a second forward in backward.
+
+
+@torch.library.custom_op("hf_prefix_patch::chain_attention", mutates_args=())
+def chain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    blocks: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The same as `_attend_chains`; with dropout, drawn from `seed` (`[1]` int64)."""
+    with _seeded(seed, query.device):
+        options = (scaling, dropout, window, softcap)
+        return _attend_chains(query, key, value, sinks, blocks, *options)
+
+
+@torch.library.custom_op("hf_prefix_patch::chain_attention_backward", mutates_args=())
+def chain_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    blocks: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> list[Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None) -> Tensor:
+        return _attend_chains(q, k, v, s, blocks, scaling, dropout, window, softcap)
+
+    inputs = (query, key, value) if sinks is None else (query, key, value, sinks)
+    with _seeded(seed, query.device):
+        # Autograd is off inside an operator, torch.func is not.
+        grads: tuple[Tensor, ...] = torch.func.vjp(attend, *inputs)[1](grad)
+    return [x.contiguous() for x in grads]
+
+
+@contextmanager
+def _seeded(seed: Tensor | None, device: torch.device) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed))
+        yield
+
+
+@chain_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    _, heads, tokens, _ = query.shape
+    return query.new_empty((1, tokens, heads, value.shape[-1]))
+
+
+@chain_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Any, *rest: Any) -> Any:
+    return [x.new_empty(x.shape) for x in (query, key, value, sinks) if x is not None]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scaling, ctx.dropout, ctx.window, ctx.softcap = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    options = (ctx.scaling, ctx.dropout, ctx.window, ctx.softcap)
+    grads = chain_attention_backward(grad, *ctx.saved_tensors, *options)
+    dq, dk, dv, dsinks = [*grads, None][:4]
+    return (dq, dk, dv, dsinks, *[None] * 6)
+
+
+chain_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
+    return {"tree_blocks": as_tensor(chain_blocks(tree))}
+
+
+def _unserved(needs: Needs) -> str | None:
+    return None
+
+
+SDPA = Backend(
+    name="sdpa",
+    attend=sdpa_attend,
+    plan=_plan,
+    unserved=_unserved,
+    features=frozenset({"window", "softcap", "sinks", "dropout"}),
+)

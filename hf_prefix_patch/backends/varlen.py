@@ -1,0 +1,286 @@
+"""The `torch_varlen` and `flash` backends: one variable-length call for the whole packed row.
+
+Every chain is one sequence: its queries stand in the packed row, its keys and values are gathered
+from the stretches of its path. The call is causal and aligned bottom-right, so that the last query
+of a chain sees its whole path; a sliding window needs no more, because inside a path index equals
+position.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import varlen
+from transformers import modeling_flash_attention_utils as hf_flash
+
+from hf_prefix_patch.backends.base import (
+    HALF,
+    Backend,
+    Needs,
+    as_blocks,
+    as_tensor,
+    chain_blocks,
+    to_autocast_dtype,
+    varying,
+)
+from hf_prefix_patch.tree import PrefixTree
+
+# Before torch 2.12 there is no such argument, and grouped queries are taken as they are.
+_HAS_ENABLE_GQA = torch.__version__ >= "2.12"
+
+# What the variable-length functions call the features of `Needs`.
+_ARGUMENTS = {
+    "window": {"window_size"},
+    "softcap": {"softcap"},
+    "dropout": {"dropout_p"},
+    "sinks": {"s_aux", "learnable_sink"},
+}
+
+
+def torch_varlen_attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    tree_blocks: Tensor,
+    tree_chains: dict[str, Any],
+    **unused: Any,
+) -> Tensor:
+    """Shared attention by `torch.nn.attention.varlen.varlen_attn`, PyTorch's own FlashAttention.
+
+    Args:
+        query: `[1, heads, N, head_dim]`, fp16 or bf16 (fp32 under autocast).
+        sliding_window: number of keys seen, the query's own included.
+        tree_blocks: of `as_tensor(chain_blocks(tree))`.
+        tree_chains: `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`.
+
+    Returns:
+        `[1, N, heads, head_dim]`.
+
+    Raises:
+        NotImplementedError: fp32 queries outside autocast.
+    """
+    query, key, value = to_autocast_dtype(query, key, value)
+    if query.dtype == torch.float32:
+        raise NotImplementedError(
+            f"{type(module).__name__} computes attention in float32 outside autocast, which the "
+            'backend "torch_varlen" does not; pass backend="sdpa", or train under autocast'
+        )
+    q, k, v, size = _sequences(query, key, value, tree_blocks, tree_chains)
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _HAS_ENABLE_GQA else {}
+    output = varlen.varlen_attn(
+        q,
+        k,
+        v,
+        tree_chains["cu_seqlens_q"],
+        tree_chains["cu_seqlens_k"],
+        tree_chains["max_seqlen_q"],
+        tree_chains["max_seqlen_k"],
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        **grouped,
+    )
+    assert isinstance(output, Tensor)
+    return output[..., :size].unsqueeze(0)
+
+
+def flash_attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    tree_blocks: Tensor,
+    tree_chains: dict[str, Any],
+    **unused: Any,
+) -> Tensor:
+    """Shared attention by the variable-length function that transformers resolves for the model's
+    own implementation, called through transformers so that types and options are treated alike.
+
+    Arguments and result are those of `torch_varlen_attend`; softcap, dropout and sinks (`s_aux`,
+    `[heads]`) as far as that function has them.
+    """
+    config: Any = module.config.prefix_sharing_original  # type: ignore[union-attr]
+    dtype = _flash_dtype(query, module, config)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    q, k, v, size = _sequences(query, key, value, tree_blocks, tree_chains)
+    output: Tensor = hf_flash._flash_attention_forward(
+        q[None],
+        k[None],
+        v[None],
+        attention_mask=None,
+        query_length=q.shape[0],
+        is_causal=True,
+        dropout=dropout,
+        softmax_scale=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled() or None,
+        cu_seq_lens_q=tree_chains["cu_seqlens_q"],
+        cu_seq_lens_k=tree_chains["cu_seqlens_k"],
+        max_length_q=tree_chains["max_seqlen_q"],
+        max_length_k=tree_chains["max_seqlen_k"],
+        attn_implementation=config._attn_implementation,
+        s_aux=None if s_aux is None else s_aux.to(dtype),
+    )
+    return output[..., :size]
+
+
+def _flash_dtype(query: Tensor, module: nn.Module, config: Any) -> torch.dtype:
+    """As transformers' flash path: fp32 queries (PEFT may keep norms in fp32) go to autocast's
+    type, else to that of the weights."""
+    if query.dtype != torch.float32:
+        return query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        return torch.get_autocast_dtype(query.device.type)
+    if hasattr(config, "_is_quantized"):
+        return config.dtype  # type: ignore[no-any-return]
+    return next(m.weight.dtype for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _sequences(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, chains: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Queries `[N, heads, D]`, keys and values `[K, heads, D]`, and the size of a value head."""
+    size = value.shape[-1]
+    if size < query.shape[-1]:  # the kernels take one head size; zeros add nothing
+        value = F.pad(value, (0, query.shape[-1] - size))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if chains["num_keys"] != k.shape[0]:
+        k, v = (gather_paths(x, blocks, chains["num_keys"]) for x in (k, v))
+    return q, k, v, size
+
+
+@torch.library.custom_op("hf_prefix_patch::gather_paths", mutates_args=())
+def gather_paths(x: Tensor, blocks: Tensor, num_keys: int) -> Tensor:
+    """`[N, heads, D]` packed keys or values to `[K, heads, D]`, the paths of the chains end to end.
+
+    Copies of slices rather than `index_select`, whose backward adds by atomics: this one adds
+    stretch by stretch in one order, in fp32, on any device.
+    """
+    return torch.cat([x[start:stop] for _, _, start, stop in as_blocks(blocks)])
+
+
+@torch.library.custom_op("hf_prefix_patch::gather_paths_backward", mutates_args=())
+def gather_paths_backward(grad: Tensor, blocks: Tensor, num_tokens: int) -> Tensor:
+    total = torch.promote_types(grad.dtype, torch.float32)
+    sums = grad.new_zeros((num_tokens, *grad.shape[1:]), dtype=total)
+    offset = 0
+    for _, _, start, stop in as_blocks(blocks):
+        sums[start:stop] += grad[offset : offset + stop - start]
+        offset += stop - start
+    return sums.to(grad.dtype)
+
+
+@gather_paths.register_fake
+def _(x: Tensor, blocks: Tensor, num_keys: int) -> Tensor:
+    return x.new_empty((num_keys, *x.shape[1:]))
+
+
+@gather_paths_backward.register_fake
+def _(grad: Tensor, blocks: Tensor, num_tokens: int) -> Tensor:
+    return grad.new_empty((num_tokens, *grad.shape[1:]))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    x, blocks, _ = inputs
+    ctx.save_for_backward(blocks)
+    ctx.num_tokens = x.shape[0]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (blocks,) = ctx.saved_tensors
+    return gather_paths_backward(grad, blocks, ctx.num_tokens), None, None
+
+
+gather_paths.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
+    """Blocks for the gather; boundaries of chains and paths, `[C+1]` int32, for the kernel."""
+    blocks = as_tensor(chain_blocks(tree))
+    starts, stops, key_starts, key_stops = blocks.view(-1, 4).unbind(1)
+    ends, chain = torch.unique_consecutive(stops, return_inverse=True)
+    lengths = torch.zeros_like(ends).index_add_(0, chain, key_stops - key_starts)
+    cu_seqlens = [F.pad(x, (1, 0)).to(torch.int32) for x in (ends, lengths.cumsum(0))]
+    chains = {
+        "cu_seqlens_q": varying(cu_seqlens[0].to(needs.device)),
+        "cu_seqlens_k": varying(cu_seqlens[1].to(needs.device)),
+        "max_seqlen_q": int((stops - starts).max()),
+        "max_seqlen_k": int(lengths.max()),
+        "num_keys": int(lengths.sum()),
+    }
+    return {"tree_blocks": blocks, "tree_chains": chains}
+
+
+def _torch_varlen_unserved(needs: Needs) -> str | None:
+    if needs.device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs a CUDA device, and the model is on {needs.device.type}"
+    if torch.__version__ < "2.11":
+        return f"it needs torch 2.11, and this is {torch.__version__}"
+    if torch.cuda.get_device_capability(needs.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (Ampere) or later"
+    if any(size % 8 or size > 256 for size in needs.head_dims):
+        return f"it takes head sizes up to 256, multiples of 8, not {sorted(needs.head_dims)}"
+    return _half_precision_unserved(needs)
+
+
+def _flash_unserved(needs: Needs) -> str | None:
+    name = needs.implementation
+    if "flash" not in name:
+        return f'it needs a model loaded with flash attention, and this one has "{name}"'
+    if needs.device.type == "cpu":
+        return "it needs a GPU, and the model is on cpu"
+    try:
+        names = set(inspect.signature(_flash_varlen_function(name)).parameters)
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        return f'transformers finds no variable-length function for "{name}" ({error})'
+    missing = sorted(x for x in needs.features if not names & _ARGUMENTS[x])
+    if missing:
+        return f'the function of "{name}" has no {" or ".join(missing)}'
+    return _half_precision_unserved(needs)
+
+
+def _flash_varlen_function(implementation: str) -> Callable[..., Any]:
+    functions, _ = hf_flash.lazy_import_flash_attention(implementation)
+    if functions[1] is None:
+        raise ValueError("the kernel has none")
+    return functions[1]
+
+
+def _half_precision_unserved(needs: Needs) -> str | None:
+    if needs.dtype in HALF:
+        return None
+    return (
+        f"it computes in fp16 or bf16, and the model in {str(needs.dtype).removeprefix('torch.')} "
+        "(load it in half precision or call it under autocast)"
+    )
+
+
+TORCH_VARLEN = Backend(
+    name="torch_varlen",
+    attend=torch_varlen_attend,
+    plan=_plan,
+    unserved=_torch_varlen_unserved,
+    features=frozenset({"window"}),
+)
+FLASH = Backend(
+    name="flash",
+    attend=flash_attend,
+    plan=_plan,
+    unserved=_flash_unserved,
+    features=frozenset({"window", "softcap", "sinks", "dropout"}),
+)

@@ -1,0 +1,121 @@
+"""Which backend serves a model in the state that it is called in, and why not the others."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_prefix_patch.attention import BACKENDS
+from hf_prefix_patch.backends.base import Backend, Needs
+from hf_prefix_patch.backends.flex import FLEX
+from hf_prefix_patch.kernel_check import kernel_fault
+from hf_prefix_patch.support import has_sinks, layer_slides, layer_types, sliding_window
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The backend that serves a model, and by name why each other one was passed over."""
+
+    backend: Backend
+    needs: Needs
+    passed_over: dict[str, str]
+
+
+def select(name: str, needs: Needs, model: str) -> Selection:
+    """Pick a backend.
+
+    Args:
+        name: `"auto"` or the name of a backend.
+        needs: of the model in the state that it is called in.
+        model: its class, for messages.
+
+    Raises:
+        NotImplementedError: the named backend cannot serve these needs.
+        RuntimeError: its kernel, or with `"auto"` that of every backend, computes wrong results on
+            this device.
+    """
+    passed_over: dict[str, str] = {}
+    for backend in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
+        reason = unserved(backend, needs)
+        if reason is None and name == "auto" and backend is FLEX:
+            reason = 'it is taken by name only (backend="flex")'
+        if reason is not None:
+            passed_over[backend.name] = reason
+            continue
+        fault = kernel_fault(backend, needs)
+        if fault is None:
+            for other in BACKENDS.values():
+                first = f"{backend.name} comes first" if name == "auto" else f"{name} was asked for"
+                if other is not backend and other.name not in passed_over:
+                    passed_over[other.name] = unserved(other, needs) or first
+            return Selection(backend, needs, passed_over)
+        passed_over[backend.name] = fault
+        if name == "auto":
+            warnings.warn(
+                f"prefix sharing does not use its backend {backend.name!r}: {fault}", stacklevel=2
+            )
+    if name != "auto" and unserved(BACKENDS[name], needs) is not None:
+        can = [other.name for other in BACKENDS.values() if unserved(other, needs) is None]
+        raise NotImplementedError(
+            f"prefix sharing refused: backend {name!r} cannot serve this {model}: "
+            f"{passed_over[name]}; these can: {can}, and backend='auto' picks one"
+        )
+    raise RuntimeError(
+        f"prefix sharing refused: no backend of {list(passed_over)} computes right results for "
+        f"this {model}: {passed_over}"
+    )
+
+
+def unserved(backend: Backend, needs: Needs) -> str | None:
+    """Why the backend cannot serve these needs; None if it can."""
+    missing = sorted(needs.features - backend.features)
+    if missing:
+        return f"it has no {' or '.join(missing)}, which this model uses"
+    return backend.unserved(needs)
+
+
+def needs_of(backbone: PreTrainedModel, head_dims: frozenset[int]) -> Needs:
+    """What the attention of a decoder stack needs in the present state of model and autocast."""
+    config, device = backbone.config, backbone.device
+    windows = {
+        sliding_window(config) if layer_slides(config, layer) else None
+        for layer in range(len(layer_types(config)))
+    }
+    features = {
+        "window": windows != {None},
+        "softcap": getattr(config, "attn_logit_softcapping", None) is not None,
+        "sinks": has_sinks(backbone),
+        "dropout": bool(getattr(config, "attention_dropout", None)),
+    }
+    known = torch.amp.is_autocast_available(device.type)  # not for meta tensors
+    autocast = known and torch.is_autocast_enabled(device.type)
+    return Needs(
+        device=device,
+        dtype=torch.get_autocast_dtype(device.type) if autocast else backbone.dtype,
+        implementation=config._attn_implementation,
+        head_dims=head_dims,
+        windows=frozenset(windows),
+        features=frozenset(name for name, used in features.items() if used),
+    )
+
+
+def head_dims(backbone: nn.Module) -> frozenset[int]:
+    """Sizes of the query, key and value heads, as the attention modules or the config say."""
+    names = ("head_dim", "qk_head_dim", "v_head_dim")
+    found = {
+        size
+        for module in backbone.modules()
+        if "attention" in type(module).__name__.lower()
+        for name in names
+        if isinstance(size := getattr(module, name, None), int)
+    }
+    if not found:
+        config: Any = backbone.config
+        size = getattr(config, "head_dim", None)
+        found = {size or config.hidden_size // config.num_attention_heads}
+    return frozenset(found)

@@ -1,0 +1,169 @@
+"""The sdpa backend against attention on duplicated rows, in all its ways to compute."""
+
+import pytest
+import torch
+from batches import packed_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tree import batches
+
+from hf_prefix_patch import PrefixTree
+from hf_prefix_patch.backends import cpu, sdpa
+from hf_prefix_patch.backends.base import as_tensor, chain_blocks
+from hf_prefix_patch.reference import duplicated_rows_attention
+
+
+def attend(tree, inputs, **options):
+    plan = sdpa.SDPA.plan(tree, None)
+    return sdpa.sdpa_attend(None, *inputs, scaling=0.3, **options, **plan)
+
+
+def as_operator(tree, inputs, sinks=None, dropout=0.0, window=None, softcap=None):
+    """What a compiled layer calls."""
+    blocks, seed = sdpa.SDPA.plan(tree, None)["tree_blocks"], torch.tensor([7]) if dropout else None
+    return sdpa.chain_attention(*inputs, sinks, blocks, seed, 0.3, dropout, window, softcap)
+
+
+def assert_equals_duplicated_rows(tree, got, inputs, **options):
+    want = duplicated_rows_attention(tree, *inputs[:3], scaling=0.3, **options)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    direction = torch.randn_like(want)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, inputs, direction),
+        torch.autograd.grad(want, inputs, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+def assert_all_ways_equal(tree, **options):
+    inputs = packed_inputs(tree)
+    if options.pop("sinks", False):
+        options["s_aux"] = torch.randn(4, dtype=torch.float64, requires_grad=True)
+        inputs.append(options["s_aux"])
+    assert_equals_duplicated_rows(tree, attend(tree, inputs[:3], **options), inputs, **options)
+    named = {"window": options.get("sliding_window"), "softcap": options.get("softcap")}
+    got = as_operator(tree, inputs[:3], options.get("s_aux"), **named)
+    assert_equals_duplicated_rows(tree, got, inputs, **options)
+
+
+@given(batches(), st.sampled_from([None, 1, 2, 3, 5]), st.sampled_from([None, 1.5]), st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_equals_duplicated_rows(batch, window, softcap, sinks):
+    """Output and gradients in fp64, any tree, windows, soft caps and sinks."""
+    tree = PrefixTree.from_rows(*batch)
+    assert_all_ways_equal(tree, sliding_window=window, softcap=softcap, sinks=sinks)
+
+
+@pytest.mark.parametrize("prefix", [1, 6, 40, 300])
+@pytest.mark.parametrize("window", [None, 4, 30, 280])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_short_and_long_prefixes(prefix, window, sinks):
+    """Both ways to align a chain with the keys ahead of it, and the cuts that a window allows."""
+    start = list(range(prefix))
+    rows = [start + [1000] * 290, start + [1001] * 290]
+    tree = PrefixTree.from_rows(rows)
+    assert_all_ways_equal(tree, sliding_window=window, sinks=sinks)
+
+
+def test_groups_share_one_call_on_their_prompt():
+    """Eight responses of a prompt: nine triangles, and one block of all but the first response."""
+    tree = PrefixTree.from_rows([[1, 2, 3, 10 + r, 20 + r] for r in range(8)])
+    calls = cpu._calls(as_tensor(chain_blocks(tree)))
+    assert sum(causal for _, causal in calls) == 8
+    assert [block for block, causal in calls if not causal] == [[5, 19, 0, 3]]
+
+
+def test_nested_branches():
+    rows = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 7, 8, 9], [1, 2, 7, 8, 3], [5, 5, 5, 5, 5]]
+    tree = PrefixTree.from_rows(rows)
+    assert len({block[:2] for block in chain_blocks(tree)}) == 5
+    assert_all_ways_equal(tree)
+    assert_all_ways_equal(tree, sliding_window=3, softcap=2.0, sinks=True)
+
+
+def test_the_cpu_kernel_is_what_runs(monkeypatch):
+    """Plain attention in one type and one head size; everything else goes chain by chain."""
+    calls = []
+    real = cpu.cpu_attention
+    monkeypatch.setattr(sdpa, "cpu_attention", lambda *args: calls.append(1) or real(*args))
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    q, k, v = packed_inputs(tree)
+    want = attend(tree, (q, k, v), sliding_window=100)
+    assert not calls
+    torch.testing.assert_close(attend(tree, (q, k, v)), want, atol=1e-12, rtol=1e-12)
+    assert calls == [1]
+    got = attend(tree, (q, k, v[..., :4]))
+    torch.testing.assert_close(got, want[..., :4], atol=1e-12, rtol=1e-12)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_duplicated_rows(dtype):
+    """Error of output and gradients to fp64 at most twice that of the fused kernel on rows."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(0, 99, (60,), generator=generator).tolist()
+    tree = PrefixTree.from_rows([[*start, 100 + r] + [200 + r] * 30 for r in range(6)])
+    exact = packed_inputs(tree, size=16)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    direction = torch.randn(1, tree.packed_tokens, 4, 16, generator=generator)
+    q, k, v = (tree.unpack(x.transpose(1, 2)).transpose(1, 2) for x in inputs)
+    rows = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    outputs = {
+        "truth": (duplicated_rows_attention(tree, *exact, scaling=0.3), exact),
+        "shared": (attend(tree, inputs), inputs),
+        "rows": (tree.pack(rows.transpose(1, 2)), inputs),
+    }
+    found = {}
+    for name, (output, leaves) in outputs.items():
+        grads = torch.autograd.grad(output, leaves, direction.to(output.dtype))
+        found[name] = [x.double() for x in (output, *grads)]
+    for truth, shared, on_rows in zip(*found.values(), strict=True):
+        assert 0 < (shared - truth).norm() <= 2 * (on_rows - truth).norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("way", ["eager", "operator"])
+def test_dropout_keeps_the_mean(softcap, way):
+    """Attention weights are dropped at the given rate and scaled up: the mean stays."""
+    tree = PrefixTree.from_rows([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7]])
+    inputs = [x.detach() for x in packed_inputs(tree)]
+    plain = attend(tree, inputs, softcap=softcap)
+    torch.manual_seed(0)
+    blocks = sdpa.SDPA.plan(tree, None)["tree_blocks"]
+
+    def draw():
+        if way == "eager":
+            return attend(tree, inputs, softcap=softcap, dropout=0.5)
+        seed = torch.randint(2**62, (1,))
+        return sdpa.chain_attention(*inputs, None, blocks, seed, 0.3, 0.5, None, softcap)
+
+    times, tolerance = (4000, 0.12) if way == "eager" else (1500, 0.2)
+    draws = [draw() for _ in range(times)]
+    assert not torch.allclose(draws[0], draws[1])
+    torch.testing.assert_close(
+        torch.stack(draws).mean(0), plain, atol=0.12 if way == "eager" else 0.2, rtol=0
+    )
+
+
+def test_dropout_of_the_operator_is_the_same_in_backward():
+    """`v` enters linearly: its gradient must be that of the very weights that were kept."""
+    tree = PrefixTree.from_rows([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7]])
+    q, k, v = packed_inputs(tree)
+    output = as_operator(tree, (q, k, v), dropout=0.5)
+    (gradient,) = torch.autograd.grad(output, v, torch.ones_like(output))
+    torch.testing.assert_close((gradient * v).sum(), output.sum())
+
+
+def test_operators_keep_pytorchs_rules():
+    """Schemas, shapes under fake tensors and registered gradients."""
+    tree = PrefixTree.from_rows([[1, 2, 3, 4], [1, 2, 5, 6], [1, 7, 8, 9]])
+    blocks = as_tensor(chain_blocks(tree))
+    inputs = packed_inputs(tree)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(cpu.cpu_attention, (*inputs, blocks, 0.3))
+    for args in [(None, blocks, None, 0.3, 0.0, 2, None), (sinks, blocks, None, 0.3, 0.0, 2, 1.5)]:
+        torch.library.opcheck(sdpa.chain_attention, (*inputs, *args))
