@@ -1,21 +1,25 @@
-"""Tables of the benchmarks: to the screen, and as CSV and markdown with hardware and versions."""
+"""Tables of the benchmarks: to the screen, and as CSV, markdown and chart with the hardware."""
 
 import csv
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 
-def machine() -> str:
-    """Processor and cores, and the GPU if there is one."""
+def machine(device: str | None = None) -> str:
+    """The GPU if there is one and `device` is not the CPU, else processor and cores."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if device != "cpu" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties().total_memory / 2**30
+        return f"{torch.cuda.get_device_name()}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
     model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
             model = line.split(":", 1)[1].strip()
             break
@@ -23,17 +27,31 @@ def machine() -> str:
 
 
 def versions(*packages: str) -> str:
-    found = [(name, importlib.metadata.version(name)) for name in packages]
-    return ", ".join(f"{name} {version}" for name, version in found)
+    """Names and versions of those of the packages that are installed."""
+    found = []
+    for name in packages:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
 
 
 def write_table(
-    title: str, header: tuple[str, ...], rows: list[tuple], out: Path | None, setting: str
+    title: str,
+    header: tuple[str, ...],
+    rows: list[tuple],
+    out: Path | None,
+    setting: str,
+    draw: Callable[[Any], None] | None = None,
 ) -> None:
-    """Print the table; with `out`, also write `<title>.csv` and `<title>.md` there."""
+    """Print the table; with `out`, also write `<title>.csv` and `<title>.md` there.
+
+    With `draw`, which fills a matplotlib figure, `<title>.png` too.
+    """
     cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     lines = [f"| {' | '.join(line)} |" for line in (header, ["--:"] * len(header), *cells)]
-    used = versions("torch", "transformers", "trl", "peft")
+    used = versions("torch", "transformers", "trl", "peft", "flash-attn")
     note = f"{setting}; {used}; {datetime.now(UTC):%Y-%m-%d}"
     text = "\n".join([f"# {title}", "", note, "", *lines, ""])
     print(text)
@@ -44,3 +62,19 @@ def write_table(
     (out / f"{stem}.md").write_text(text)
     with (out / f"{stem}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
+    if draw is not None:
+        save_chart(draw, out / f"{stem}.png")
+
+
+def save_chart(draw: Callable[[Any], None], path: Path) -> None:
+    """A chart that needs no display; without matplotlib, a line that says there is none."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print(f"matplotlib is not installed: no {path.name}")
+        return
+    figure = Figure(layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    draw(figure)
+    figure.savefig(path)

@@ -41,24 +41,15 @@ def select(name: str, needs: Needs, model: str) -> Selection:
     """
     passed_over: dict[str, str] = {}
     for backend in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
-        reason = unserved(backend, needs)
-        if reason is None and name == "auto" and backend is FLEX:
-            reason = 'it is taken by name only (backend="flex")'
-        if reason is not None:
-            passed_over[backend.name] = reason
-            continue
-        fault = kernel_fault(backend, needs)
-        if fault is None:
-            for other in BACKENDS.values():
-                first = f"{backend.name} comes first" if name == "auto" else f"{name} was asked for"
-                if other is not backend and other.name not in passed_over:
-                    passed_over[other.name] = unserved(other, needs) or first
-            return Selection(backend, needs, passed_over)
-        passed_over[backend.name] = fault
-        if name == "auto":
-            warnings.warn(
-                f"prefix sharing does not use its backend {backend.name!r}: {fault}", stacklevel=2
-            )
+        reason = _reason_against(backend, needs, name)
+        if reason is None:
+            reason = kernel_fault(backend, needs)
+            if reason is None:
+                return Selection(backend, needs, passed_over | _others(backend, needs, name))
+            if name == "auto":
+                message = f"prefix sharing does not use its backend {backend.name!r}: {reason}"
+                warnings.warn(message, stacklevel=2)
+        passed_over[backend.name] = reason
     if name != "auto" and unserved(BACKENDS[name], needs) is not None:
         can = [other.name for other in BACKENDS.values() if unserved(other, needs) is None]
         raise NotImplementedError(
@@ -69,6 +60,21 @@ def select(name: str, needs: Needs, model: str) -> Selection:
         f"prefix sharing refused: no backend of {list(passed_over)} computes right results for "
         f"this {model}: {passed_over}"
     )
+
+
+def _reason_against(backend: Backend, needs: Needs, name: str) -> str | None:
+    reason = unserved(backend, needs)
+    if reason is None and name == "auto" and backend is FLEX:
+        return 'it is taken by name only (backend="flex")'
+    return reason
+
+
+def _others(picked: Backend, needs: Needs, name: str) -> dict[str, str]:
+    """Why each backend that was not looked at is not used."""
+    looked_at = list(BACKENDS.values()).index(picked) if name == "auto" else 0
+    rest = [other for other in list(BACKENDS.values())[looked_at:] if other is not picked]
+    first = f"{picked.name} comes first" if name == "auto" else f"{name} was asked for"
+    return {other.name: _reason_against(other, needs, name) or first for other in rest}
 
 
 def unserved(backend: Backend, needs: Needs) -> str | None:

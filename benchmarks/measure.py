@@ -1,0 +1,170 @@
+"""What the benchmarks of a decoder share: options, sides, time in turn, peak memory."""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoder import SHAPES
+from report import machine
+from tensor_memory import TensorMemory
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from hf_prefix_patch import enable_prefix_sharing
+
+DEFAULTS = {
+    "cpu": {"dtype": "float32", "shape": "small"},
+    "cuda": {"dtype": "bfloat16", "shape": "1.5b"},
+}
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None, defaults: dict[str, dict[str, Any]]
+) -> argparse.Namespace:
+    """Add the common options, parse, and fill in what was not given by the device's defaults.
+
+    Gradient checkpointing is an option of those benchmarks that have a default for it.
+    """
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, or float32")
+    add("--shape", choices=SHAPES, help="size of the decoder; 1.5b on CUDA, else small")
+    add("--frozen", action="store_true", help="no gradients of weights, as under LoRA")
+    if "checkpointing" in defaults["cpu"]:
+        add("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--out", type=Path, help="folder for table and chart")
+    args = parser.parse_args(argv)
+    for name, value in (DEFAULTS[args.device] | defaults[args.device]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.dtype = getattr(torch, args.dtype)
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def setting(args: argparse.Namespace) -> str:
+    """The line of a table that says what it was measured on."""
+    parts = [machine(args.device)]
+    if args.device == "cpu":
+        parts.append(f"{args.threads} thread{'s' if args.threads > 1 else ''}")
+    sizes = SHAPES[args.shape][1]
+    layers, hidden = sizes["num_hidden_layers"], sizes["hidden_size"]
+    parts.append(f"{args.shape} decoder of {layers} layers, hidden size {hidden}")
+    parts.append(str(args.dtype).removeprefix("torch."))
+    parts.append("weights frozen" if args.frozen else "weights trained")
+    if "checkpointing" in args:
+        parts.append(f"checkpointing {'on' if args.checkpointing else 'off'}")
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to run a model: unpatched, or shared by a backend."""
+
+    name: str
+    backend: str | None = None
+    attention: str = "sdpa"
+
+    @contextmanager
+    def on(self, model: PreTrainedModel) -> Iterator[Any]:
+        """The model run this way; yields the handle of sharing, or None."""
+        if model.config._attn_implementation != self.attention:
+            model.set_attn_implementation(self.attention)
+        sharing = nullcontext() if self.backend is None else self._enable(model)
+        with sharing as handle:
+            yield handle
+
+    def _enable(self, model: PreTrainedModel) -> Any:
+        # Modes that share nothing on purpose, and cells with little to share, need no warning.
+        return enable_prefix_sharing(model, backend=self.backend, verify=False, on_bypass="ignore")
+
+
+def unshared_sides(device: str) -> list[Side]:
+    """The unpatched model, with each attention that trainers use where it is installed."""
+    sides = [Side("unshared")]
+    if device == "cuda" and is_flash_attn_2_available():
+        sides.append(Side("unshared flash", attention="flash_attention_2"))
+    return sides
+
+
+def shared_sides(model: PreTrainedModel, backends: list[str]) -> list[Side]:
+    """Those of the backends that serve the model; a line for each that does not."""
+    sides = []
+    for name in backends:
+        # The backend "flash" calls what transformers resolves for the model's own attention.
+        flash = name == "flash" and is_flash_attn_2_available()
+        side = Side(name, name, "flash_attention_2" if flash else "sdpa")
+        try:
+            with side.on(model):
+                sides.append(side)
+        except (NotImplementedError, ValueError, RuntimeError, ImportError) as error:
+            print(f"backend {name} left out: {error}")
+    return sides
+
+
+def fits(call: Callable[[], Any]) -> Any:
+    """What `call` returns, or None if the device has too little memory for it."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        pass  # the traceback holds tensors as long as the exception lives
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def time_in_turn(
+    model: PreTrainedModel, steps: Mapping[str, tuple[Side, Callable[[], Any]]], repeats: int
+) -> dict[str, float]:
+    """Median seconds of each step.
+
+    The steps take turns, so that a slow spell of the machine meets all of them. Switching from one
+    side to another is not timed; planning, which belongs to every call, is.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, (side, step) in steps.items():
+            model.zero_grad(set_to_none=True)
+            with side.on(model):
+                seconds[name].append(_seconds(step, model.device))
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def _seconds(step: Callable[[], Any], device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - start
+
+
+def peak_memory(model: PreTrainedModel, step: Callable[[], Any]) -> int:
+    """Most bytes that one call of `step` held at once, weights and their gradients apart.
+
+    On CUDA this is what the allocator handed out at its highest. On a CPU it is the sum of the
+    tensors alive at once, a number that does not depend on the allocator, on other threads or on
+    what ran before; scratch memory inside a kernel is not in it.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    gc.collect()
+    if model.device.type != "cuda":
+        with TensorMemory() as memory:
+            step()
+        return memory.peak
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,178 @@
+"""Preference pairs to measure on: real ones from files, synthetic ones by length, rows of both."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import exp, log
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODES = ("padded", "packed", "in pairs", "across")
+RESERVED = 256
+"""Token ids below this one stand for first tokens that must not be shared; no pair has them."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of one preference pair."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`[R, L]` right-padded rows, all chosen before all rejected ones, as TRL lays them out."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """Real tokens of each row."""
+        lengths = self.attention_mask.sum(1).tolist()
+        return [ids[:n] for ids, n in zip(self.input_ids.tolist(), lengths, strict=True)]
+
+    def marked(self, first: Sequence[int]) -> "Batch":
+        """The same rows with other first tokens, so that rows share only where those agree."""
+        ids = self.input_ids.clone()
+        ids[:, 0] = torch.tensor(first, device=ids.device)
+        return Batch(ids, self.attention_mask, self.completion_mask)
+
+
+def collate(pairs: Sequence[Pair], max_length: int, device: str = "cpu") -> Batch:
+    """Rows of a batch, cut at the end to `max_length` tokens (TRL's `keep_start`)."""
+    answers = [*((p.prompt, p.chosen) for p in pairs), *((p.prompt, p.rejected) for p in pairs)]
+    rows = [(prompt + answer)[:max_length] for prompt, answer in answers]
+    length = max(map(len, rows))
+    ids, mask, completion = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
+    for r, (row, (prompt, _)) in enumerate(zip(rows, answers, strict=True)):
+        ids[r, : len(row)] = torch.tensor(row)
+        mask[r, : len(row)] = 1
+        completion[r, len(prompt) : len(row)] = 1
+    return Batch(ids.to(device), mask.to(device), completion.to(device))
+
+
+def in_mode(batch: Batch, mode: str) -> tuple[Batch, int]:
+    """The batch with the first tokens of a mode, and the tokens that the decoder then runs on."""
+    count = len(batch.input_ids)
+    pairs = count // 2
+    if mode == "padded":
+        return batch, batch.input_ids.numel()
+    if mode == "packed":
+        return batch.marked(range(count)), int(batch.attention_mask.sum())
+    if mode == "across":
+        return batch, distinct_prefixes(batch.rows)
+    marked = batch.marked([i % pairs for i in range(count)])
+    rows = marked.rows
+    return marked, sum(distinct_prefixes([rows[i], rows[i + pairs]]) for i in range(pairs))
+
+
+def synthetic_pairs(
+    count: int, median: float, ratio: float, sigma: float, vocab: int, seed: int = 0
+) -> list[Pair]:
+    """Random tokens whose lengths have the given medians.
+
+    Prompt and answer together are log-normal around `median` with `sigma` and split by `ratio`
+    (prompt over answer); the two answers of a pair vary around their part with half of `sigma`.
+    Lengths are the quantiles of those distributions in random order, not independent draws, so
+    that a few pairs have the medians too.
+    """
+    generator = random.Random(seed)
+    quantiles = [NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
+    whole, chosen, rejected = (generator.sample(quantiles, count) for _ in range(3))
+
+    def draw(length: float) -> list[int]:
+        return generator.choices(range(RESERVED, vocab), k=max(1, round(length)))
+
+    pairs = []
+    for i in range(count):
+        length = exp(log(median) + sigma * whole[i])
+        answer = length / (1 + ratio)
+        answers = [draw(answer * exp(sigma / 2 * z[i])) for z in (chosen, rejected)]
+        pairs.append(Pair(draw(length - answer), *answers))
+    return pairs
+
+
+def read_pairs(
+    path: Path, tokenizer: Any, count: int, max_length: int, shuffle: bool = True, seed: int = 0
+) -> list[Pair]:
+    """Pairs of a JSONL file with prompt, chosen and rejected: strings, or lists of messages.
+
+    Tokenised as TRL's `DPOTrainer` does, which leaves out pairs whose prompt fills `max_length`.
+
+    Raises:
+        ValueError: fewer than `count` pairs are left.
+    """
+    examples = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    if shuffle:
+        random.Random(seed).shuffle(examples)
+    pairs: list[Pair] = []
+    for example in examples:
+        if len(pairs) == count:
+            break
+        pair = _tokenise(example, tokenizer)
+        if len(pair.prompt) < max_length:
+            pairs.append(pair)
+    if len(pairs) < count:
+        raise ValueError(
+            f"{path} has {len(pairs)} pairs with a prompt below {max_length} tokens, but {count} "
+            "are needed; raise --max-length or lower --pairs and --batches"
+        )
+    return pairs
+
+
+def renumber(pairs: Sequence[Pair], vocab: int) -> list[Pair]:
+    """The pairs with their tokens numbered from `RESERVED`, for a model with a small vocabulary.
+
+    Raises:
+        ValueError: they have more distinct tokens than that holds.
+    """
+    used = sorted({t for p in pairs for t in chain(p.prompt, p.chosen, p.rejected)})
+    if RESERVED + len(used) > vocab:
+        raise ValueError(
+            f"the pairs have {len(used)} distinct tokens, but a vocabulary of {vocab} holds "
+            f"{vocab - RESERVED}; give --vocab {RESERVED + len(used)} or more"
+        )
+    new = {token: RESERVED + i for i, token in enumerate(used)}
+    return [
+        Pair(*([new[t] for t in ids] for ids in (p.prompt, p.chosen, p.rejected))) for p in pairs
+    ]
+
+
+def distinct_prefixes(rows: Sequence[list[int]]) -> int:
+    """Tokens of the rows when a common prefix counts once; a check on what the library packs."""
+    prefixes: dict[tuple[int, int], int] = {}  # (number of the prefix before, token) to its number
+    for row in rows:
+        number = 0
+        for token in row:
+            number = prefixes.setdefault((number, token), len(prefixes) + 1)
+    return len(prefixes)
+
+
+def _tokenise(example: dict[str, Any], tokenizer: Any) -> Pair:
+    """The answers begin where the tokens of the whole text part from those of the prompt."""
+    prompt, *answers = (example[key] for key in ("prompt", "chosen", "rejected"))
+    if isinstance(prompt, str):
+        end = tokenizer.eos_token
+        start = tokenizer(prompt)["input_ids"]
+        whole = [tokenizer(prompt + x.removesuffix(end) + end)["input_ids"] for x in answers]
+    else:
+        apply = tokenizer.apply_chat_template
+        start = apply(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = [apply(prompt + x, return_dict=True)["input_ids"] for x in answers]
+    common = min(_common_prefix(start, ids) for ids in whole)
+    return Pair(start[:common], *(ids[common:] for ids in whole))
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    shortest = min(len(a), len(b))
+    return next((i for i in range(shortest) if a[i] != b[i]), shortest)

@@ -1,0 +1,323 @@
+"""The benchmarks count right, run from end to end, and write what they say."""
+
+import csv
+import doctest
+import importlib
+import json
+import runpy
+import sys
+from math import inf, isfinite
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from tiny_trl import build_trainer, load, preference_pairs, save_tiny_model, tiny_tokenizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_prefix_patch import PrefixTree
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = ["--device", "cpu", "--shape", "tiny", "--threads", "1"]
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Import a module of benchmarks/."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """Run a script; the rows of its table, read back, after a look at its other files."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *TINY, "--out", str(tmp_path), *arguments])
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        (written,) = tmp_path.glob("*.csv")
+        text = written.with_suffix(".md").read_text()
+        assert "torch 2." in text
+        assert "tiny decoder" in text
+        assert written.with_suffix(".png").stat().st_size > 5_000
+        with written.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert all(f"| {name} |" in text for name in rows[0])
+        return rows
+
+    return run
+
+
+def assert_positive(row, *names):
+    for name in names:
+        assert isfinite(float(row[name])), name
+        assert float(row[name]) > 0, name
+
+
+# The arithmetic
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+def test_step_flops(module, frozen, head):
+    """Against torch's count of an eager step, whose attention computes all pairs."""
+    decoder = module("decoder")
+    model = decoder.build_decoder(
+        "tiny", "cpu", torch.float32, attention="eager", head=head, frozen=frozen
+    )
+    ids = torch.arange(48).view(2, 24)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)[0].sum().backward()
+    got = decoder.step_flops(
+        model.config, ids.numel(), 2 * 24 * 24, head_tokens=head * ids.numel(), frozen=frozen
+    )
+    assert got == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_checkpointing_repeats_the_forward(module):
+    decoder = module("decoder")
+    config = decoder.build_decoder("tiny", "cpu", torch.float32).config
+    plain, repeated = (decoder.step_flops(config, 7, 28, checkpointing=x) for x in (False, True))
+    assert repeated / plain == pytest.approx(4 / 3)
+
+
+def test_visible_pairs(module):
+    """Against masks: each row's own, and the ancestors of each packed token."""
+    decoder = module("decoder")
+    rows = [[5, 6, 7, 8, 9], [5, 6, 1, 2], [5, 6, 7], [3, 4], [5, 6, 7, 8, 1, 1]]
+    ids = torch.tensor([row + [0] * (6 - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (6 - len(row)) for row in rows])
+    tree = PrefixTree.from_rows(ids, mask)
+    packed = {tuple(row[: i + 1]) for row in rows for i in range(len(row))}
+    assert tree.packed_tokens == len(packed)
+    seen = sum(q[: len(k)] == k for q in packed for k in packed)
+    assert decoder.tree_pairs(tree) == seen
+    lengths = [len(row) for row in rows]
+    assert decoder.row_pairs(lengths) == sum(torch.ones(n, n).tril().sum() for n in lengths)
+
+
+# Pairs
+
+
+@pytest.mark.parametrize(
+    ("length", "ratio"), [(1160, 1.59), (186, 2.15), (416, 11.14), (409, 0.42)]
+)
+@pytest.mark.parametrize("count", [8, 32])
+def test_synthetic_pairs_have_the_medians(module, count, length, ratio):
+    pairs = module("pairs").synthetic_pairs(count, length, ratio, 0.5, 512)
+    answers = [(p, x) for p in pairs for x in (p.chosen, p.rejected)]
+    assert median(len(p.prompt) + len(x) for p, x in answers) == pytest.approx(length, rel=0.06)
+    assert median(len(p.prompt) / len(x) for p, x in answers) == pytest.approx(ratio, rel=0.06)
+    assert len({len(p.prompt) for p in pairs}) > count / 2
+    assert any(len(p.chosen) != len(p.rejected) for p in pairs)
+
+
+def test_packed_tokens_of_the_modes(module):
+    """Two pairs of one prompt, counted by hand, and each mode as the library packs it."""
+    pairs = module("pairs")
+    prompt = [300, 301, 302]
+    batch = pairs.collate(
+        [
+            pairs.Pair(prompt, [310, 311], [310, 320, 321]),  # the answers begin alike
+            pairs.Pair(prompt, [330], [310, 311, 340]),  # as an answer of the other pair
+        ],
+        max_length=100,
+    )
+    tokens = {}
+    for mode in pairs.MODES:
+        rows, tokens[mode] = pairs.in_mode(batch, mode)
+        tree = PrefixTree.from_rows(rows.input_ids, rows.attention_mask)
+        assert tokens[mode] == (tree.padded_tokens if mode == "padded" else tree.packed_tokens)
+    # Rows of 5, 4, 6 and 6 tokens, chosen first.
+    assert tokens == {"padded": 24, "packed": 21, "in pairs": 7 + 7, "across": 9}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("max_length", [40, 128])
+def test_real_pairs_become_the_rows_of_trl(module, tmp_path, max_length):
+    pairs = module("pairs")
+    options = {"max_length": max_length, "per_device_eval_batch_size": 3}
+    trainer = build_trainer(load(save_tiny_model(tmp_path)), tmp_path, **options)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, preference_pairs(8, seed=1))))
+    read = pairs.read_pairs(path, tiny_tokenizer(), 3, max_length, shuffle=False)
+    batch = pairs.collate(read, max_length)
+    for name, want in next(iter(trainer.get_eval_dataloader())).items():
+        torch.testing.assert_close(getattr(batch, name), want.long(), msg=name)
+
+
+def test_pairs_of_strings(module, tmp_path):
+    pairs = module("pairs")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "w1 w2 ", "chosen": "w3", "rejected": "w4 w5 <eos>"}))
+    (pair,) = pairs.read_pairs(path, tiny_tokenizer(), 1, 100)
+    texts = [tiny_tokenizer().decode(x) for x in (pair.prompt, pair.chosen, pair.rejected)]
+    assert texts == ["w1 w2", "w3 <eos>", "w4 w5 <eos>"]  # as TRL ends them
+    with pytest.raises(ValueError, match="raise --max-length"):
+        pairs.read_pairs(path, tiny_tokenizer(), 1, 2)
+
+
+def test_renumbered_pairs_are_equal_where_they_were(module):
+    pairs = module("pairs")
+    (pair,) = pairs.renumber([pairs.Pair([9000, 7], [9000, 9000], [8])], vocab=300)
+    assert pair == pairs.Pair([258, 256], [258, 258], [257])
+    with pytest.raises(ValueError, match="--vocab 259 or more"):
+        pairs.renumber([pair], vocab=258)
+
+
+# Memory
+
+
+def test_tensor_memory(module):
+    """What is there counts nothing, what is made counts while it lives, views count nothing."""
+    x = torch.zeros(1024)
+    with module("tensor_memory").TensorMemory() as memory:
+        a = x + 1
+        b = (a * 2).view(32, 32)
+        assert memory.now == 2 * 4096
+        del a
+        x.add_(1)
+        c = b[0] + 1
+        assert memory.now == 4096 + 128
+        del b, c
+    assert (memory.now, memory.peak) == (0, 2 * 4096)
+    results = doctest.testmod(module("tensor_memory"))
+    assert (results.failed, results.attempted) == (0, 3)
+
+
+def test_peak_memory_repeats_and_grows_with_the_tokens(module):
+    grid, measure, decoder = module("grid"), module("measure"), module("decoder")
+    model = decoder.build_decoder("tiny", "cpu", torch.float32)
+    peaks = []
+    for prompt in (64, 64, 128):
+        rows = grid.random_pair(prompt, 16, model)
+        peaks.append(measure.peak_memory(model, lambda rows=rows: grid.step(model, *rows)))
+    assert peaks[0] == peaks[1]
+    assert peaks[2] == pytest.approx(peaks[0] * 144 / 80, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "peak",
+    [
+        lambda p: 1 + p / 1000,
+        lambda p: p / 5000 + (p / 3000) ** 2,
+        lambda p: inf if p > 900 else 0.001 * p,
+    ],
+    ids=["line", "curve", "out of memory"],
+)
+def test_longest_prompt(module, peak):
+    """Against trying all of them, in far fewer steps."""
+    memory = module("memory")
+    measured = memory.bracket(peak, 1.9, grain=10, limit=100_000)
+    want = max(p for p in range(10, 100_001, 10) if peak(p) <= 1.9)
+    assert memory.longest(measured, 1.9) == want
+    assert measured[want + 10] > 1.9
+    assert len(measured) < 20
+
+
+@pytest.mark.parametrize("budget", [0.5, 200.0])
+def test_a_budget_out_of_reach(module, budget):
+    with pytest.raises(ValueError, match="outside of 10 to 100000 prompt tokens"):
+        module("memory").bracket(lambda p: 1 + p / 1000, budget, grain=10, limit=100_000)
+
+
+# The scripts
+
+
+def test_grid(table, capsys):
+    rows = table(
+        "grid.py",
+        *("--prompts", "37", "512", "--responses", "16", "64", "--repeats", "1"),
+        *("--backends", "sdpa", "nonesuch"),
+    )
+    assert "backend nonesuch left out: " in capsys.readouterr().out
+    assert [(row["prompt"], row["response"], row["backend"]) for row in rows] == [
+        (prompt, response, "sdpa") for prompt in ("37", "512") for response in ("16", "64")
+    ]
+    for row in rows:
+        assert_positive(row, "unshared ms", "shared ms", "speed-up", "share of ideal")
+        assert 1 < float(row["ideal"]) < float(row["token bound"]) < 2
+        assert 0 < float(row["shared GiB"]) < float(row["unshared GiB"])
+        assert float(row["error"]) < 1e-5
+    assert [row["flash-pref"] for row in rows] == ["-", "-", "-", "1.43"]
+
+
+def test_grid_reports_what_runs_out_of_memory(module, monkeypatch, tmp_path):
+    grid = module("grid")
+    step = grid.step
+
+    def step_in_small_memory(model, ids, direction):
+        if ids.shape[1] > 150 and model.config._attn_implementation == "sdpa":
+            patched = any(hook for hook in model._forward_pre_hooks)
+            if not patched:
+                raise torch.OutOfMemoryError
+        step(model, ids, direction)
+
+    monkeypatch.setattr(grid, "step", step_in_small_memory)
+    sizes = ["--prompts", "64", "160", "--responses", "16", "--repeats", "1"]
+    grid.main([*TINY, *sizes, "--out", str(tmp_path)])
+    with next(tmp_path.glob("*.csv")).open(newline="") as file:
+        fits, fails = csv.DictReader(file)
+    assert_positive(fits, "unshared ms", "shared ms", "speed-up")
+    assert [fails[x] for x in ("unshared ms", "unshared GiB", "speed-up")] == ["OOM"] * 3
+    assert_positive(fails, "shared ms", "shared GiB", "ideal")
+
+
+def test_synthetic_sets(table):
+    rows = table("preference_sets.py", "--sets", "HH-RLHF", "TLDR", "--batches", "1")
+    assert [row["set"] for row in rows] == ["HH-RLHF", "TLDR"]
+    assert [row["paper: sharing"] for row in rows] == ["1.41", "1.35"]
+    for row in rows:
+        for ratio in ("packing", "sharing in pairs", "sharing across", "all"):
+            assert_positive(row, ratio)
+            assert float(row[f"{ratio}: ideal"]) > 1
+        peaks = [float(row[f"{mode} GiB"]) for mode in ("padded", "packed", "in pairs")]
+        assert peaks == sorted(peaks, reverse=True)
+        assert float(row["loss difference"]) < 1e-5
+
+
+def test_sets_from_files(table, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "talk.jsonl"
+    path.write_text("\n".join(map(json.dumps, preference_pairs())))
+    given = ["--data", str(path), "--tokenizer", str(tmp_path / "tokenizer"), "--keep-order"]
+    (row,) = table("preference_sets.py", *given, "--pairs", "4", "--batches", "2")
+    assert (row["set"], row["paper: sharing"]) == ("talk", "-")
+    # All its conversations have one system prompt.
+    assert float(row["sharing across: ideal"]) > float(row["sharing in pairs: ideal"]) > 1
+    whole = float(row["packing: ideal"]) * float(row["sharing across: ideal"])
+    assert float(row["all: ideal"]) == pytest.approx(whole)
+    assert float(row["loss difference"]) < 1e-5
+
+
+def test_flops_of_a_mode(module):
+    """The head runs on the predictions of completion tokens, the decoder on cells or segments."""
+    sets, pairs, decoder = module("preference_sets"), module("pairs"), module("decoder")
+    config = decoder.build_decoder("tiny", "cpu", torch.float32, head=True).config
+    batch = pairs.collate([pairs.Pair([300, 301], [302], [303, 304])], max_length=10)
+    options = {"checkpointing": True, "frozen": True}
+    padded, across = (sets.mode_flops(config, batch, x, **options) for x in ("padded", "across"))
+    assert padded == decoder.step_flops(config, 8, 2 * 10, head_tokens=3, **options)
+    assert across == decoder.step_flops(config, 5, 3 + 3 + 7, head_tokens=3, **options)
+
+
+def test_a_mode_that_runs_on_other_tokens_is_an_error(module):
+    sets, pairs, measure = module("preference_sets"), module("pairs"), module("measure")
+    model = module("decoder").build_decoder("tiny", "cpu", torch.float32, head=True)
+    batch = pairs.collate([pairs.Pair([300, 301], [302], [303, 304])], max_length=10)
+    with pytest.raises(RuntimeError, match="ran on 5 tokens, not on 7"):
+        sets.first_step(model, measure.Side("packed", "sdpa"), batch, tokens=7)
+
+
+def test_memory(table):
+    small = ["--budget", "0.004", "--response", "16", "--grain", "8"]
+    rows = table("memory.py", *small)
+    assert [row["checkpointing"] for row in rows] == ["off", "on"]
+    for row in rows:
+        assert 1 < float(row["ratio"]) <= float(row["ideal"]) == 2
+    assert int(rows[1]["unshared prompt"]) > int(rows[0]["unshared prompt"])
+
+
+def test_versions_of_what_is_installed(module):
+    assert module("report").versions("no-such-package", "torch") == f"torch {torch.__version__}"

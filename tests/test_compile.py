@@ -1,0 +1,214 @@
+"""torch.compile: compiled layers and compiled models compute the same, in few graphs."""
+
+import dataclasses
+
+import pytest
+import torch
+from batches import assert_same_run, gradients, run
+from families import NO_SDPA, tiny_model
+from test_parity import random_batch
+from torch._dynamo.testing import CompileCounterWithBackend
+from varlen_emulator import varlen_attention
+
+from hf_prefix_patch import attention, enable_prefix_sharing
+from hf_prefix_patch.backends.varlen import TORCH_VARLEN
+
+
+# The compiler raises warnings that it hides itself, and stops at them where they are errors.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def ragged_batches(count=12):
+    """Batches of 1 to 7 rows in which something is shared or padded."""
+    found, seed = [], 0
+    while len(found) < count:
+        batch, seed = random_batch(seed), seed + 1
+        rows = [
+            row[real.bool()].tolist()
+            for row, real in zip(batch.input_ids, batch.attention_mask, strict=True)
+        ]
+        if batch.attention_mask.all() and len({row[0] for row in rows}) == len(rows):
+            continue
+        found.append(batch)
+    return found
+
+
+def compile_layers(model):
+    """Compile each layer on its own with graphs counted, through the autograd tracer."""
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in model.base_model.layers:
+        layer.compile(backend=counter)
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [("llama", 1), ("mistral-window", 1), ("qwen2-window", 2), ("gemma2", 2)],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers(family, kinds, checkpointing):
+    """12 ragged batches: at most 3 graphs for each kind of layer, no graph break, equal numbers."""
+    model = tiny_model(family, "eager" if family in NO_SDPA else "sdpa")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batches = ragged_batches()
+    want = [run(model, batch) for batch in batches]
+    with enable_prefix_sharing(model, verify=False) as sharing:
+        counter = compile_layers(model)
+        for batch, expected in zip(batches, want, strict=True):
+            assert_same_run(run(model, batch), expected, of_model=True)
+    assert sharing.stats.calls == 12
+    assert counter.frame_count <= 3 * kinds
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_sinks_add_no_graph_break():
+    """gpt-oss's experts break the graph themselves; as often as without sharing."""
+    batches = ragged_batches(1)
+    breaks = []
+    for share in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = tiny_model("gpt-oss", "eager")
+        want = [run(model, batch) for batch in batches]
+        if share:
+            enable_prefix_sharing(model, verify=False)
+        compile_layers(model)
+        for batch, expected in zip(batches, want, strict=True):
+            assert_same_run(run(model, batch), expected, of_model=True)
+        breaks.append(set(torch._dynamo.utils.counters["graph_break"]))
+    assert breaks[1] <= breaks[0]
+
+
+def test_dropout_in_compiled_layers_is_that_of_its_forward():
+    """Gradient of the loss along the weights of `v`, which enters linearly, in one layer."""
+    model = tiny_model(attention_dropout=0.5, num_hidden_layers=1)
+    batch = ragged_batches(1)[0]
+    with enable_prefix_sharing(model, verify=False):
+        compile_layers(model)
+        draws = {run(model, batch)[0].sum().item() for _ in range(3)}
+        assert len(draws) == 3
+        torch.manual_seed(0)
+        first = run(model, batch)
+        torch.manual_seed(0)
+        assert_same_run(run(model, batch), first)
+
+
+@torch.library.custom_op("hf_prefix_patch_tests::varlen", mutates_args=())
+def emulated_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    left: int,
+) -> torch.Tensor:
+    return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, 0).contiguous()
+
+
+@emulated_varlen.register_fake
+def _(q, *rest):
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("hf_prefix_patch_tests::varlen_backward", mutates_args=())
+def emulated_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    left: int,
+) -> list[torch.Tensor]:
+    def attend(q, k, v):
+        return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, 0)
+
+    return [x.contiguous() for x in torch.func.vjp(attend, q, k, v)[1](grad)]
+
+
+@emulated_backward.register_fake
+def _(grad, q, k, v, *rest):
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+def _differentiate(ctx, grad):
+    return (*emulated_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 6)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.rest = inputs[5:]
+
+
+emulated_varlen.register_autograd(_differentiate, setup_context=_keep)
+
+
+def test_compiled_varlen(monkeypatch):
+    """The calls of torch_varlen compile like those of sdpa; an opaque emulator is the kernel."""
+
+    def varlen_attn(*args, scale, window_size, enable_gqa):
+        return emulated_varlen(*args, scale, window_size[0])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    changed = dataclasses.replace(TORCH_VARLEN, unserved=serves)
+    monkeypatch.setitem(attention.BACKENDS, "torch_varlen", changed)
+    model = tiny_model("mistral-window").double()
+    batches = ragged_batches()
+    want = [run(model, batch) for batch in batches]
+    with enable_prefix_sharing(model, backend="torch_varlen", verify=False) as sharing:
+        counter = compile_layers(model)
+        for batch, expected in zip(batches, want, strict=True):
+            assert_same_run(run(model, batch), expected, of_model=True)
+    assert sharing.stats.calls == 12
+    assert counter.frame_count <= 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def serves(needs):
+    return None
+
+
+@pytest.mark.parametrize("enable_first", [False, True])
+def test_compiled_model(enable_first):
+    """Planning runs on the host between two graphs; all else compiles."""
+    model = tiny_model()
+    batches = ragged_batches(4)
+    want = [run(model, batch) for batch in batches]
+    compiled = torch.compile(model, backend="aot_eager")
+    with enable_prefix_sharing(model if enable_first else compiled) as sharing:
+        for batch, expected in zip(batches, want, strict=True):
+            logps, _ = run(compiled, batch)
+            assert_same_run((logps, gradients(model)), expected, of_model=True)
+    assert sharing.stats.calls == 4
+    logps, _ = run(compiled, batches[0])
+    assert_same_run((logps, gradients(model)), want[0])
+
+
+def test_compiled_by_inductor():
+    """The default compiler, whose C++ the machine may not be able to build."""
+    if not torch._inductor.cpp_builder.is_gcc() and not torch._inductor.cpp_builder.is_clang():
+        pytest.skip("no C++ compiler for torch.compile")
+    model = tiny_model()
+    batches = ragged_batches(3)
+    want = [run(model, batch) for batch in batches]
+    with enable_prefix_sharing(model, verify=False) as sharing:
+        for layer in model.model.layers:
+            layer.compile()
+        for batch, expected in zip(batches, want, strict=True):
+            assert_same_run(run(model, batch), expected, of_model=True)
+    assert sharing.stats.calls == 3

@@ -1,0 +1,249 @@
+"""The calls that torch_varlen and flash make, run by an emulator of the documented semantics."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from batches import LayerTokens, assert_same_run, packed_inputs, preference_batch, run
+from families import NO_SDPA, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_parity import set_checkpointing
+from test_tree import batches
+from varlen_emulator import flash_2, flash_with_sinks, install_flash, install_torch_varlen
+
+from hf_prefix_patch import PrefixTree, attention, enable_prefix_sharing
+from hf_prefix_patch.backends.base import Needs, as_tensor, chain_blocks
+from hf_prefix_patch.backends.varlen import FLASH, TORCH_VARLEN, gather_paths
+from hf_prefix_patch.reference import duplicated_rows_attention
+
+NEEDS = Needs(
+    device=torch.device("cpu"),
+    dtype=torch.float64,
+    implementation="flash_attention_2",
+    head_dims=frozenset({8}),
+    windows=frozenset({None}),
+    features=frozenset(),
+)
+
+
+class FlashModule(torch.nn.Module):
+    """An attention module as the flash backend sees it."""
+
+    def __init__(self, weights=torch.float64, **config):
+        super().__init__()
+        self.q_proj = torch.nn.Linear(2, 2, dtype=weights)
+        original = SimpleNamespace(_attn_implementation="flash_attention_2", **config)
+        self.config = SimpleNamespace(prefix_sharing_original=original)
+
+
+def attend(backend, tree, inputs, module=None, **options):
+    plan = backend.plan(tree, NEEDS)
+    return backend.attend(module or FlashModule(), *inputs, scaling=0.3, **options, **plan)
+
+
+def assert_equals_duplicated_rows(backend, tree, inputs, **options):
+    got = attend(backend, tree, inputs[:3], **options)
+    want = duplicated_rows_attention(tree, *inputs[:3], scaling=0.3, **options)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    direction = torch.randn_like(want)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, inputs, direction),
+        torch.autograd.grad(want, inputs, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+FIXTURE_IS_STATELESS = settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@given(batch=batches(), window=st.sampled_from([None, 1, 2, 3, 5]))
+@FIXTURE_IS_STATELESS
+def test_torch_varlen_equals_duplicated_rows(monkeypatch, batch, window):
+    """Output and gradients in fp64: grouped queries, windows, any tree."""
+    calls = install_torch_varlen(monkeypatch)
+    tree = PrefixTree.from_rows(*batch)
+    assert_equals_duplicated_rows(TORCH_VARLEN, tree, packed_inputs(tree), sliding_window=window)
+    (call,) = calls
+    assert call["window_size"] == (-1 if window is None else window - 1, 0)
+    assert call["scale"] == 0.3
+    assert call["return_aux"] is None
+
+
+@given(
+    batch=batches(), window=st.sampled_from([None, 1, 2, 5]), softcap=st.sampled_from([None, 1.5])
+)
+@FIXTURE_IS_STATELESS
+def test_flash_equals_duplicated_rows(monkeypatch, batch, window, softcap):
+    calls = install_flash(monkeypatch)
+    tree = PrefixTree.from_rows(*batch)
+    options = {"sliding_window": window, "softcap": softcap}
+    assert_equals_duplicated_rows(FLASH, tree, packed_inputs(tree), **options)
+    (call,) = calls
+    assert call["causal"] is True
+    assert call["softmax_scale"] == 0.3
+    assert call["dropout_p"] == 0.0
+
+
+@given(batch=batches(), window=st.sampled_from([None, 2]))
+@FIXTURE_IS_STATELESS
+def test_flash_with_sinks_equals_duplicated_rows(monkeypatch, batch, window):
+    """A kernel whose function has sinks; theirs is the fourth gradient."""
+    install_flash(monkeypatch, flash_with_sinks)
+    tree = PrefixTree.from_rows(*batch)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    inputs = [*packed_inputs(tree), sinks]
+    assert_equals_duplicated_rows(FLASH, tree, inputs, sliding_window=window, s_aux=sinks)
+
+
+@pytest.mark.parametrize("backend", [TORCH_VARLEN, FLASH])
+def test_narrow_value_heads(monkeypatch, backend):
+    """Latent attention has smaller value heads; the kernels take one size."""
+    install_torch_varlen(monkeypatch)
+    install_flash(monkeypatch)
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    q, k, v = packed_inputs(tree)
+    assert_equals_duplicated_rows(backend, tree, [q, k, v.detach()[..., :4].requires_grad_()])
+
+
+@pytest.mark.parametrize("backend", [TORCH_VARLEN, FLASH])
+def test_chains_and_their_keys(monkeypatch, backend):
+    """A prompt goes with its first response; other responses gather the prompt again."""
+    install = install_torch_varlen if backend is TORCH_VARLEN else install_flash
+    calls = install(monkeypatch)
+    rows = [[1, 2, 3, 4], [1, 2, 5, 0], [7, 8, 0, 0]]
+    tree = PrefixTree.from_rows(rows, [[int(token > 0) for token in row] for row in rows])
+    attend(backend, tree, packed_inputs(tree))
+    (call,) = calls
+    cu = [x for name, x in call.items() if name.startswith("cu_seq")]
+    assert [x.tolist() for x in cu] == [[0, 4, 5, 7], [0, 4, 7, 9]]
+    assert [x for name, x in call.items() if name.startswith("max_")] == [4, 4]
+
+
+def test_nothing_is_copied_where_nothing_is_shared(monkeypatch):
+    """Packing alone: keys and values stand where they are."""
+    calls = install_torch_varlen(monkeypatch)
+    tree = PrefixTree.from_rows([[1, 2, 3], [4, 5, 0]], [[1, 1, 1], [1, 1, 0]])
+    q, k, v = packed_inputs(tree)
+    attend(TORCH_VARLEN, tree, (q, k, v))
+    assert calls[0]["key"].data_ptr() == k.data_ptr()
+
+
+@pytest.mark.parametrize(("deterministic", "asked"), [(True, True), (False, False)])
+def test_flash_is_deterministic_where_torch_is(monkeypatch, deterministic, asked):
+    calls = install_flash(monkeypatch)
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        output = attend(FLASH, tree, packed_inputs(tree), dropout=0.25)
+        output.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert calls[0]["deterministic"] is asked
+    assert calls[0]["dropout_p"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "autocast", "expected"),
+    [
+        (torch.bfloat16, {}, None, torch.bfloat16),
+        (torch.float32, {}, torch.float16, torch.float16),
+        (torch.bfloat16, {}, torch.float16, torch.float16),
+        (torch.float32, {"_is_quantized": True, "dtype": torch.float16}, None, torch.float16),
+    ],
+)
+def test_flash_casts_fp32_queries_as_transformers_does(
+    monkeypatch, weights, config, autocast, expected
+):
+    """PEFT may keep norms, and so queries, in fp32."""
+    calls = install_flash(monkeypatch)
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    inputs = [x.detach().float() for x in packed_inputs(tree)]
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        output = attend(FLASH, tree, inputs, FlashModule(weights, **config))
+    assert output.dtype == expected
+    assert calls[0]["q"].dtype == calls[0]["k"].dtype == calls[0]["v"].dtype == expected
+
+
+def test_torch_varlen_follows_autocast_and_refuses_fp32(monkeypatch):
+    calls = install_torch_varlen(monkeypatch)
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    q, k, v = (x.detach().float() for x in packed_inputs(tree))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attend(TORCH_VARLEN, tree, (q, k, v.bfloat16())).dtype == torch.bfloat16
+    assert len(calls) == 1
+    with pytest.raises(NotImplementedError, match=r"in float32 outside autocast.*backend=\"sdpa\""):
+        attend(TORCH_VARLEN, tree, (q, k, v))
+
+
+def test_gathered_gradients_add_in_fp32():
+    """A prompt of many responses: a sum of 64 bf16 gradients that rounds once."""
+    tree = PrefixTree.from_rows([[1, 2, 3, 10 + r] for r in range(64)])
+    blocks = as_tensor(chain_blocks(tree))
+    x = torch.ones(tree.packed_tokens, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    keys = 64 * 4
+    grad = torch.rand(keys, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (got,) = torch.autograd.grad(gather_paths(x, blocks, keys), x, grad)
+    # Of each key its token: the prompt's three, then the response's own.
+    index = torch.tensor([[0, 1, 2, 3 + r] for r in range(64)]).flatten()
+    want = torch.zeros(tree.packed_tokens, 2, 8, dtype=torch.float64)
+    want.index_add_(0, index, grad.double())
+    assert torch.equal(got, want.bfloat16())
+
+
+def test_gather_keeps_pytorchs_rules():
+    tree = PrefixTree.from_rows([[1, 2, 3, 4], [1, 2, 5, 6]])
+    x = torch.randn(6, 2, 8, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(gather_paths, (x, as_tensor(chain_blocks(tree)), 8))
+
+
+def serve_on_cpu(monkeypatch, backend):
+    changed = dataclasses.replace(backend, unserved=serves)
+    monkeypatch.setitem(attention.BACKENDS, backend.name, changed)
+
+
+def serves(needs):
+    return None
+
+
+@pytest.mark.parametrize("mode", ["none", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    ("backend", "family", "function"),
+    [
+        (TORCH_VARLEN, "llama", None),
+        (TORCH_VARLEN, "mistral-window", None),
+        (TORCH_VARLEN, "gemma3", None),
+        (FLASH, "qwen3", flash_2),
+        (FLASH, "qwen2-window", flash_2),
+        (FLASH, "gemma2", flash_2),
+        (FLASH, "gpt-oss", flash_with_sinks),
+    ],
+)
+def test_models_equal_the_unpatched_ones(monkeypatch, backend, family, function, mode):
+    """Log-probs and gradients of whole models, each layer one call on the packed row."""
+    calls = install_torch_varlen(monkeypatch)
+    if function is not None:
+        calls = install_flash(monkeypatch, function)
+    serve_on_cpu(monkeypatch, backend)
+    model = tiny_model(family, "eager" if family in NO_SDPA else "sdpa")
+    if backend is TORCH_VARLEN:  # which takes no fp32
+        model.double()
+    set_checkpointing(model, mode)
+    batch = preference_batch()
+    want = run(model, batch)
+    if function is not None:
+        # As loaded with it; set past the check that the package is installed.
+        model.config._attn_implementation_internal = "flash_attention_2"
+    sharing = enable_prefix_sharing(model, backend=backend.name, verify=False)
+    seen = LayerTokens(model)
+    assert_same_run(run(model, batch), want)
+    assert sharing.backend == backend.name
+    packed = sharing.stats.packed_tokens
+    assert packed < batch.attention_mask.sum()
+    assert set(seen.shapes) == {(1, packed)}
+    assert len(calls) == (2 if mode == "none" else 4)
