@@ -13,7 +13,6 @@ from varlen_emulator import varlen_attention
 from hf_prefix_patch import attention, enable_prefix_sharing
 from hf_prefix_patch.backends.varlen import TORCH_VARLEN
 
-
 # The compiler raises warnings that it hides itself, and stops at them where they are errors.
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -117,7 +117,7 @@ def perturb(model: nn.Module, scale: float = 0.03) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter += scale * noise.to(parameter.dtype)
+                parameter += scale * noise.to(parameter)
 
 
 def build_trainer(

@@ -1,0 +1,282 @@
+"""Every backend on a CUDA device: kernels, models and a trainer against the unpatched model."""
+
+import importlib.util
+
+import pytest
+import torch
+from batches import LayerTokens, pad_rows, run
+from families import NO_SDPA, tiny_model
+from test_parity import set_checkpointing
+
+from hf_prefix_patch import PrefixTree, attention, enable_prefix_sharing, kernel_check, selection
+from hf_prefix_patch.backends.base import Needs
+from hf_prefix_patch.reference import duplicated_rows_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    # Compilers and kernel loaders warn of their own affairs.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+HALF = [torch.bfloat16, torch.float16]
+SIZES = [64, 80, 96, 128, 256]
+
+
+def flash_implementation():
+    """What a model can be loaded with here, if anything."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if is_flash_attn_2_available():
+        return "flash_attention_2"
+    return "flash_attention_3" if is_flash_attn_3_available() else None
+
+
+def skip_unless_served(name, **asked):
+    """Skip with the reason of the backend itself; what auto picks must never be skipped."""
+    needs = Needs(
+        **(
+            {
+                "device": torch.device("cuda", 0),
+                "dtype": torch.bfloat16,
+                "implementation": "sdpa",
+                "head_dims": frozenset({64}),
+                "windows": frozenset({None}),
+                "features": frozenset(),
+            }
+            | asked
+        )
+    )
+    reason = selection.unserved(attention.BACKENDS[name], needs)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return needs
+
+
+def ragged_rows(seed=0, vocab=50):
+    """Three prompts, the first with four responses; `[8, L]` rows of up to 400 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        return torch.randint(3, vocab, (n,), generator=generator).tolist()
+
+    rows, lengths = [], []
+    for prompt_length, responses in ((200, (90, 17, 64, 130)), (150, (3, 40)), (64, (200, 128))):
+        prompt = draw(prompt_length)
+        rows += [prompt + draw(n) for n in responses]
+        lengths += [prompt_length] * len(responses)
+    return pad_rows(rows, lengths, "right")
+
+
+def on_cuda(batch):
+    return type(batch)(*(x.cuda() for x in vars(batch).values()))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("name", ["torch_varlen", "flash", "flex", "sdpa"])
+def test_attention_is_no_worse_than_on_rows(name, size, window, dtype):
+    """Output, dq, dk and dv: error to fp64 at most twice that of a fused kernel on the rows."""
+    implementation = flash_implementation() if name == "flash" else "sdpa"
+    needs = skip_unless_served(
+        name,
+        dtype=dtype,
+        implementation=implementation or "sdpa",
+        head_dims=frozenset({size}),
+        windows=frozenset({window}),
+        features=frozenset({"window"} if window else ()),
+    )
+    backend = attention.BACKENDS[name]
+    batch = ragged_rows()
+    tree = PrefixTree.from_rows(batch.input_ids, batch.attention_mask).to("cuda")
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        torch.randn(1, heads, tree.packed_tokens, size, generator=generator) for heads in (6, 2, 2)
+    ]
+    direction = torch.randn(1, tree.packed_tokens, 6, size, generator=generator).cuda()
+    inputs = [x.cuda().to(dtype).requires_grad_() for x in draws]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    kwargs = tree.model_kwargs() | backend.plan(tree, needs)
+    options = {"scaling": size**-0.5, "sliding_window": window}
+    module = kernel_check._Module(needs)
+    shared = backend.attend(module, *inputs, **options, dropout=0.0, **kwargs)
+    rows = attention_on_rows(tree, inputs, size**-0.5, window)
+    outputs = {
+        "truth": (duplicated_rows_attention(tree, *exact, **options), exact),
+        "shared": (shared, inputs),
+        "rows": (rows, inputs),
+    }
+    found = {}
+    for kind, (output, leaves) in outputs.items():
+        grads = torch.autograd.grad(output, leaves, direction.to(output.dtype))
+        found[kind] = [x.double() for x in (output, *grads)]
+    for truth, ours, theirs in zip(*found.values(), strict=True):
+        assert 0 < (ours - truth).norm() <= 2 * (theirs - truth).norm()
+
+
+def attention_on_rows(tree, inputs, scale, window):
+    """PyTorch's attention on the rows, as the unpatched model computes it."""
+    q, k, v = (tree.unpack(x.transpose(1, 2)).transpose(1, 2) for x in inputs)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    mask = torch.ones(tree.row_length, tree.row_length, dtype=torch.bool, device=q.device).tril()
+    if window is not None:
+        mask = mask.triu(1 - window)
+    output = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return tree.pack(output.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("features", [(), ("window",), ("softcap",), ("sinks",)])
+@pytest.mark.parametrize("name", ["torch_varlen", "flash", "flex", "sdpa"])
+def test_kernels_pass_their_check(name, features, dtype):
+    implementation = flash_implementation() if name == "flash" else "sdpa"
+    needs = skip_unless_served(
+        name,
+        dtype=dtype,
+        implementation=implementation or "sdpa",
+        windows=frozenset({None, 50} if "window" in features else {None}),
+        features=frozenset(features),
+    )
+    assert kernel_check.find_fault(attention.BACKENDS[name], needs) is None
+
+
+def model_options(size):
+    return {
+        "hidden_size": 128,
+        "head_dim": size,
+        "intermediate_size": 128,
+        "max_position_embeddings": 1024,
+    }
+
+
+@pytest.mark.parametrize("mode", ["none", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("torch_varlen", "llama"),
+        ("torch_varlen", "mistral-window"),
+        ("torch_varlen", "gemma3"),
+        ("flash", "qwen3"),
+        ("flex", "llama"),
+        ("flex", "gemma2"),
+        ("flex", "gpt-oss"),
+        ("sdpa", "llama"),
+        ("sdpa", "gemma2"),
+        ("sdpa", "gpt-oss"),
+    ],
+)
+def test_models_are_no_worse_than_unpatched(name, family, dtype, mode):
+    """Log-probs and all gradients together: error to fp32 at most twice the unpatched one."""
+    attention_name = "eager" if family in NO_SDPA else "sdpa"
+    if name == "flash":
+        attention_name = flash_implementation() or pytest.skip("flash: no flash attention here")
+    batch = on_cuda(ragged_rows())
+    options = model_options(64)
+    truth_model = tiny_model(family, "eager" if family in NO_SDPA else "sdpa", **options).cuda()
+    model = tiny_model(family, attention_name, **options).cuda().to(dtype)
+    with torch.no_grad():  # the same rounded weights
+        for exact, rounded in zip(truth_model.parameters(), model.parameters(), strict=True):
+            exact.copy_(rounded)
+    set_checkpointing(model, mode)
+    truth = run(truth_model, batch)
+    unpatched = run(model, batch)
+    with enable_prefix_sharing(model, backend=name) as sharing:
+        seen = LayerTokens(model)
+        shared = run(model, batch)
+        assert sharing.backend == name
+    packed = sharing.stats.packed_tokens
+    assert packed < batch.attention_mask.sum()
+    assert set(seen.shapes) == {(1, packed)}
+    errors = []
+    for logps, grads in (shared, unpatched):
+        squares = [(grads[n] - g).double().square().sum().item() for n, g in truth[1].items()]
+        errors.append(((logps - truth[0]).norm().item(), sum(squares) ** 0.5))
+    for ours, theirs in zip(*errors, strict=True):
+        assert 0 < ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_auto_picks_the_fast_backend(size):
+    model = tiny_model("llama", **model_options(size)).cuda()
+    with enable_prefix_sharing(model) as sharing:
+        assert sharing.backend == "sdpa"
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            assert sharing.backend == "torch_varlen"
+        model.bfloat16()
+        assert sharing.backend == "torch_varlen"
+
+
+def test_fp32_equals_the_unpatched_model():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        model, batch = tiny_model(**model_options(64)).cuda(), on_cuda(ragged_rows())
+        want = run(model, batch)
+        with enable_prefix_sharing(model) as sharing:
+            got = run(model, batch)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert sharing.stats.calls == 1
+    torch.testing.assert_close(got[0], want[0], atol=2e-4, rtol=2e-5)
+    for name, gradient in want[1].items():
+        error = (got[1][name] - gradient).norm() / gradient.norm()
+        assert error < 1e-4, name
+
+
+def test_deterministic_algorithms():
+    """Allowed, and bitwise the same twice."""
+    model, batch = tiny_model(**model_options(64)).cuda().bfloat16(), on_cuda(ragged_rows())
+    torch.use_deterministic_algorithms(True)
+    try:
+        with enable_prefix_sharing(model, backend="torch_varlen"):
+            first, second = run(model, batch), run(model, batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first[0], second[0])
+    for name, gradient in first[1].items():
+        assert torch.equal(gradient, second[1][name]), name
+
+
+def test_compiled_layers():
+    """The default compiler on ragged batches of the fast backend."""
+    torch._dynamo.reset()
+    model = tiny_model(**model_options(64)).cuda().bfloat16()
+    batches = [on_cuda(ragged_rows(seed)) for seed in range(4)]
+    want = [run(model, batch) for batch in batches]
+    with enable_prefix_sharing(model) as sharing:
+        for layer in model.model.layers:
+            layer.compile()
+        for batch, (logps, _) in zip(batches, want, strict=True):
+            got, _ = run(model, batch)
+            assert (got - logps).norm() <= 2e-2 * logps.norm()
+    assert sharing.stats.calls == 4
+    assert sharing.backend == "torch_varlen"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_one_trl_step(tmp_path, lora):
+    """A stock trainer in bf16: the same loss with and without, on the fast backend."""
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("trl is not installed")
+    from tiny_trl import build_trainer, load, save_tiny_model
+
+    path = save_tiny_model(tmp_path)
+    losses = {}
+    for shared in (False, True):
+        trainer = build_trainer(
+            load(path),
+            tmp_path / str(shared),
+            lora=lora,
+            bf16=True,
+            max_steps=1,
+            use_cpu=False,
+        )
+        if shared:
+            sharing = enable_prefix_sharing(trainer)
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                assert sharing.backend == "torch_varlen"
+        trainer.train()
+        losses[shared] = next(x["loss"] for x in trainer.state.log_history if "loss" in x)
+    assert sharing.stats.calls >= 1
+    assert abs(losses[True] - losses[False]) < 2e-2
