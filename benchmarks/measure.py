@@ -129,42 +129,47 @@ def time_in_turn(
     The steps take turns, so that a slow spell of the machine meets all of them. Switching from one
     side to another is not timed; planning, which belongs to every call, is.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, (side, step) in steps.items():
             model.zero_grad(set_to_none=True)
             with side.on(model):
-                seconds[name].append(_seconds(step, model.device))
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+                taken[name].append(seconds_of(step, model.device))
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def _seconds(step: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
-    step()
+    call()
     wait()
     return time.perf_counter() - start
 
 
 def peak_memory(model: PreTrainedModel, step: Callable[[], Any]) -> int:
-    """Most bytes that one call of `step` held at once, weights and their gradients apart.
+    """Most bytes that one training step held at once, weights and their gradients apart."""
+    for weight in model.parameters():
+        if weight.requires_grad and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    return peak_of(step, model.device)
+
+
+def peak_of(call: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that one call held at once, beyond what was there before.
 
     On CUDA this is what the allocator handed out at its highest. On a CPU it is the sum of the
     tensors alive at once, a number that does not depend on the allocator, on other threads or on
     what ran before; scratch memory inside a kernel is not in it.
     """
-    for weight in model.parameters():
-        if weight.requires_grad and weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
     gc.collect()
-    if model.device.type != "cuda":
+    if device.type != "cuda":
         with TensorMemory() as memory:
-            step()
+            call()
         return memory.peak
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step()
+    call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

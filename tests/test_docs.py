@@ -42,7 +42,7 @@ def test_changelog_has_the_version():
 
 def test_families_in_the_limits_page_are_those_tested():
     page = (ROOT / "docs" / "limits.md").read_text()
-    names = {"llama": "Llama", "olmo2": "OLMo2", "qwen3-moe": "Qwen3-MoE"}
+    names = {"llama": "Llama", "olmo2": "OLMo2", "qwen3-moe": "Qwen3-MoE", "gpt-oss": "gpt-oss"}
     for family in FAMILIES:
         base = family.removesuffix("-window")
         assert names.get(base, base.capitalize()) in page, family

@@ -67,11 +67,53 @@ def test_short_and_long_prefixes(prefix, window, sinks):
 
 
 def test_groups_share_one_call_on_their_prompt():
-    """Eight responses of a prompt: nine triangles, and one block of all but the first response."""
+    """Eight responses of a prompt: eight triangles, and one tile of all but the first response."""
     tree = PrefixTree.from_rows([[1, 2, 3, 10 + r, 20 + r] for r in range(8)])
-    calls = cpu._calls(as_tensor(chain_blocks(tree)))
-    assert sum(causal for _, causal in calls) == 8
-    assert [block for block, causal in calls if not causal] == [[5, 19, 0, 3]]
+    calls = cpu._calls(as_tensor(chain_blocks(tree)), heads=4)
+    assert sum(call.causal for call in calls) == 8
+    assert [call for call in calls if not call.causal] == [
+        cpu.Call(cpu.Tiles(5, 14), cpu.Tiles(0, 3))
+    ]
+
+
+@pytest.mark.parametrize("length", [511, 512, 700, 1024, 1300, 2900])
+@pytest.mark.parametrize("heads", [3, 4])
+def test_tiles_cover_what_is_visible_once(monkeypatch, length, heads):
+    """Long chains are halved; with two threads and odd heads, queries are split as well."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rows = [list(range(length)), [*range(length - 300), *range(5000, 5400)]]
+    rows[0] += [0] * (max(map(len, rows)) - length)
+    rows[1] += [0] * (len(rows[0]) - len(rows[1]))
+    tree = PrefixTree.from_rows(
+        rows,
+        [
+            [1] * length + [0] * (len(rows[0]) - length),
+            [1] * (length + 100) + [0] * (len(rows[0]) - length - 100),
+        ],
+    )
+    n = tree.packed_tokens
+    index = torch.arange(n, dtype=torch.float64).view(1, 1, n, 1)
+    scores = torch.zeros(n, n, dtype=torch.int64)
+    for call in cpu._calls(as_tensor(chain_blocks(tree)), heads):
+        queries, keys = (x.of(index)[:, 0, :, 0].long() for x in (call.queries, call.keys))
+        for q, k in zip(queries, keys.expand(len(queries), -1), strict=True):
+            seen = torch.ones(len(q), len(k), dtype=torch.int64)
+            scores[q[:, None], k] += seen.tril() if call.causal else seen
+    inputs = [torch.eye(n, dtype=torch.float64)[None, None] for _ in range(3)]
+    weights = duplicated_rows_attention(tree, *inputs, scaling=0.0)[0, :, 0]
+    assert torch.equal(scores > 0, weights > 0)
+    assert scores.max() == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("heads", [(3, 1), (4, 2)])
+def test_long_chains(monkeypatch, threads, heads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    start = list(range(700))
+    rows = [start + list(range(1000, 1620)), start + list(range(2000, 2620))]
+    tree = PrefixTree.from_rows(rows)
+    inputs = packed_inputs(tree, *heads)
+    assert_equals_duplicated_rows(tree, attend(tree, inputs), inputs)
 
 
 def test_nested_branches():

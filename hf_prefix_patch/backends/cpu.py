@@ -1,15 +1,18 @@
-"""Plain causal attention on a CPU: one kernel call for each block of scores that is not empty.
+"""Plain causal attention on a CPU: kernel calls on those tiles of scores that are visible.
 
-Each chain attends to itself, and each group of chains to the stretch of keys that they share.
-Outputs over several stretches are merged by their log-sum-exp (Milakov and Gimelshein,
+A chain attends to itself, causal, and groups of chains to the stretch of keys that they share,
+whole. Long chains are halved again and again: two causal halves, and a whole tile of the later
+queries on the earlier keys, until little is left of what a causal kernel computes and masks.
+Outputs over several tiles are merged by their log-sum-exp (Milakov and Gimelshein,
 arXiv 1805.02867); backward gives the kernel the merged output and log-sum-exp, with which the
-gradients of a stretch are those within the whole softmax (Dao et al., arXiv 2205.14135, section 3).
-Nothing is copied and no masked score computed beside the triangles of the chains themselves.
+gradients of a tile are those within the whole softmax (Dao et al., arXiv 2205.14135, section 3).
+No key is copied.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +23,32 @@ from hf_prefix_patch.backends.base import HALF, as_blocks
 # keeps the log-sum-exp to itself.
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+_TILE = 256  # queries of a causal call at least, where a chain is halved
+
+
+class Tiles(NamedTuple):
+    """Equal stretches of the packed row: `number` times `length` tokens, `period` apart."""
+
+    start: int
+    length: int
+    number: int = 1
+    period: int = 0
+
+    def of(self, x: Tensor) -> Tensor:
+        """`[1, heads, N, D]` to a view `[number, heads, length, D]`."""
+        if self.number == 1:
+            return x[:, :, self.start : self.start + self.length]
+        stop = self.start + (self.number - 1) * self.period + self.length
+        return x[:, :, self.start : stop].unfold(2, self.length, self.period)[0].permute(1, 0, 3, 2)
+
+
+class Call(NamedTuple):
+    """Scores that one kernel call computes; whole tiles of keys, or causal."""
+
+    queries: Tiles
+    keys: Tiles
+    causal: bool = False
 
 
 @torch.library.custom_op("hf_prefix_patch::cpu_attention", mutates_args=())
@@ -38,19 +67,20 @@ def cpu_attention(
     _, heads, tokens, size = query.shape
     output = query.new_empty((1, tokens, heads, size), dtype=total)
     lse = query.new_empty((1, tokens, heads), dtype=total)
-    for (q0, q1, k0, k1), causal in _calls(blocks):
-        part, part_lse = _forward(
-            query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], 0.0, causal, scale=scaling
-        )
-        part, part_lse = part.transpose(1, 2), part_lse.transpose(1, 2)
-        if causal:  # comes first, and covers every token once
-            output[:, q0:q1], lse[:, q0:q1] = part, part_lse
+    whole = output.transpose(1, 2), lse.transpose(1, 2)[..., None]
+    for call in _calls(blocks, heads):
+        queries, keys, values = _inputs(call, query, key, value)
+        part, part_lse = _forward(queries, keys, values, 0.0, call.causal, scale=scaling)
+        merged, merged_lse = (call.queries.of(x) for x in whole)
+        part_lse = part_lse[..., None]
+        if call.causal:  # those come first, and cover every token once
+            merged.copy_(part)
+            merged_lse.copy_(part_lse)
             continue
-        before = lse[:, q0:q1]
-        both = torch.logaddexp(before, part_lse)
-        output[:, q0:q1].mul_((before - both).exp_()[..., None])
-        output[:, q0:q1].add_(part * (part_lse - both).exp_()[..., None])
-        lse[:, q0:q1] = both
+        both = torch.logaddexp(merged_lse, part_lse)
+        merged.mul_((merged_lse - both).exp_())
+        merged.add_(part * (part_lse - both).exp_())
+        merged_lse.copy_(both)
     return output.to(query.dtype), lse
 
 
@@ -65,24 +95,27 @@ def cpu_attention_backward(
     blocks: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = torch.promote_types(query.dtype, torch.float32)
-    grads = [torch.zeros(x.shape, dtype=total) for x in (query, key, value)]
+    exact = torch.promote_types(query.dtype, torch.float32)
+    grads = [torch.zeros(x.shape, dtype=exact) for x in (query, key, value)]
     grad, output, lse = (x.transpose(1, 2) for x in (grad, output, lse))
-    for (q0, q1, k0, k1), causal in _calls(blocks):
-        queries, keys = slice(q0, q1), slice(k0, k1)
+    lse = lse[..., None]
+    for call in _calls(blocks, query.shape[1]):
+        queries, keys, values = _inputs(call, query, key, value)
         parts = _backward(
-            grad[:, :, queries],
-            query[:, :, queries],
-            key[:, :, keys],
-            value[:, :, keys],
-            output[:, :, queries],
-            lse[:, :, queries],
+            call.queries.of(grad),
+            queries,
+            keys,
+            values,
+            call.queries.of(output),
+            call.queries.of(lse)[..., 0],
             0.0,
-            causal,
+            call.causal,
             scale=scaling,
         )
-        for whole, part, at in zip(grads, parts, (queries, keys, keys), strict=True):
-            whole[:, :, at] += part
+        call.queries.of(grads[0]).add_(parts[0])
+        for total, part in zip(grads[1:], parts[1:], strict=True):
+            tiles = call.keys.of(total)
+            tiles.add_(part if part.shape == tiles.shape else part.sum(0, keepdim=True))
     dtypes = (query.dtype, key.dtype, value.dtype)
     dq, dk, dv = (x.to(dtype) for x, dtype in zip(grads, dtypes, strict=True))
     return dq, dk, dv
@@ -96,21 +129,65 @@ def served_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.device.type == "cpu" and len(dtypes | sizes) == 2 and dtypes <= set(types)
 
 
-def _calls(blocks: Tensor) -> list[tuple[list[int], bool]]:
-    """Blocks of scores and whether they are causal: every chain itself, then what chains see
-    beside it; neighbours that see the same keys go together."""
-    causal: list[tuple[list[int], bool]] = []
-    whole: list[list[int]] = []
+def _inputs(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    queries, keys, values = call.queries.of(query), call.keys.of(key), call.keys.of(value)
+    count = queries.shape[0]
+    if keys.shape[0] < count:
+        keys, values = (x.expand(count, -1, -1, -1) for x in (keys, values))
+    return queries, keys, values
+
+
+def _calls(blocks: Tensor, heads: int) -> list[Call]:
+    """The causal calls of all chains, which cover every token once, then what is seen whole."""
+    causal: list[Call] = []
+    whole: list[Call] = []
+    shared: list[list[int]] = []
     for block in as_blocks(blocks):
         if block[:2] == block[2:]:
-            causal.append((block, True))
+            for call in _halves(*block[:2]):
+                (causal if call.causal else whole).append(call)
             continue
-        same = next((b for b in whole if b[2:] == block[2:] and b[1] == block[0]), None)
+        # Neighbours that see the same keys go together.
+        same = next((b for b in shared if b[2:] == block[2:] and b[1] == block[0]), None)
         if same is None:
-            whole.append(block)
+            shared.append(block)
         else:
             same[1] = block[1]
-    return causal + [(block, False) for block in whole]
+    whole += [Call(Tiles(q0, q1 - q0), Tiles(k0, k1 - k0)) for q0, q1, k0, k1 in shared]
+    # In backward a thread takes whole heads: an odd number of them leaves one of two threads idle.
+    uneven = heads % torch.get_num_threads() > 0
+    return causal + [_split(call) if uneven else call for call in whole]
+
+
+def _halves(start: int, stop: int) -> Iterator[Call]:
+    """Causal attention of a chain: of its tiles each on itself, and of later halves on earlier
+    ones, all of a size in one call; what is more than a power of two of tiles comes after."""
+    tiles = (stop - start) // _TILE
+    if tiles < 2:
+        chain = Tiles(start, stop - start)
+        yield Call(chain, chain, causal=True)
+        return
+    size = _TILE << (tiles.bit_length() - 1)
+    each = Tiles(start, _TILE, size // _TILE, _TILE)
+    yield Call(each, each, causal=True)
+    half = _TILE
+    while half < size:
+        count, period = size // (2 * half), 2 * half
+        later, earlier = (Tiles(s, half, count, period) for s in (start + half, start))
+        yield Call(later, earlier)
+        half *= 2
+    if start + size < stop:
+        yield Call(Tiles(start + size, stop - start - size), Tiles(start, size))
+        yield from _halves(start + size, stop)
+
+
+def _split(call: Call) -> Call:
+    """The same scores with the queries in two halves."""
+    queries = call.queries
+    if queries.number > 1 or queries.length % 2:
+        return call
+    half = queries.length // 2
+    return Call(Tiles(queries.start, half, 2, half), call.keys)
 
 
 @cpu_attention.register_fake
