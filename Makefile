@@ -23,6 +23,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/grid.py
+	$(BIN)/python benchmarks/preference_sets.py
+	$(BIN)/python benchmarks/memory.py
 	@test -n "$(DATA)" || echo "give DATA=pairs.jsonl to time TRL steps"
 	test -z "$(DATA)" || $(BIN)/python benchmarks/trl_step.py --data $(DATA)
 

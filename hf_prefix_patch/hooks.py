@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.attention import EMPTY_MASK, NAME
 from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, forget, plan_rows
-from hf_prefix_patch.selection import Selection, head_dims, needs_of, select
+from hf_prefix_patch.selection import Selection, needs_of, select, structure_of
 from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.support import CACHE_BY_DEFAULT, bypass_reason, layer_slides
 from hf_prefix_patch.tree import PrefixTree
@@ -37,18 +37,17 @@ class BackbonePatch:
 
     def __init__(self, backbone: PreTrainedModel, backend: str, on_bypass: OnBypass) -> None:
         self.backend = backend
-        self.head_dims = head_dims(backbone)
+        self._structure = structure_of(backbone)
         self._selections: dict[tuple[str, Needs], Selection] = {}
         self.on_bypass: OnBypass = on_bypass
         self.stats = SharingStats()
         self.warned: set[str] = set()
         self.unshared_training_calls: int | None = 0  # None once something was shared
+        self._hooks: list[Any] = []
+        setattr(backbone, _STATE, self)  # first: it is what undoes the rest
         _swap_attention_configs(backbone)
-        self._hooks = [
-            backbone.register_forward_pre_hook(pack_rows, with_kwargs=True),
-            backbone.register_forward_hook(unpack_rows, with_kwargs=True),
-        ]
-        setattr(backbone, _STATE, self)
+        self._hooks.append(backbone.register_forward_pre_hook(pack_rows, with_kwargs=True))
+        self._hooks.append(backbone.register_forward_hook(unpack_rows, with_kwargs=True))
 
     def remove(self, backbone: PreTrainedModel) -> None:
         for hook in self._hooks:
@@ -66,7 +65,7 @@ class BackbonePatch:
         Raises:
             NotImplementedError, RuntimeError: as `select`.
         """
-        needs = needs_of(backbone, self.head_dims)
+        needs = needs_of(backbone, self._structure)
         key = self.backend, needs
         if key not in self._selections:
             self._selections[key] = select(self.backend, needs, type(backbone).__name__)

@@ -46,6 +46,8 @@ def find_fault(backend: Backend, needs: Needs) -> str | None:
     try:
         with torch.inference_mode(False), torch.enable_grad(), _no_autocast(needs.device):
             errors = _errors(backend, needs)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the kernel
     except Exception as error:  # whatever a kernel or its compiler raises
         return f"it does not run on {_name(needs.device)} ({type(error).__name__}: {error})"
     tolerance = _TOLERANCE.get(needs.dtype, _TOLERANCE_FP32)
@@ -104,7 +106,10 @@ def _inputs(tree: PrefixTree, size: int, needs: Needs) -> tuple[list[Tensor], Te
     generator = torch.Generator().manual_seed(size)
     n = tree.packed_tokens
     shapes = [(1, 6, n, size), (1, 2, n, size), (1, 2, n, size), (6,)]
-    drawn = [torch.randn(shape, generator=generator) for shape in (*shapes, (1, n, 6, size))]
+    drawn = [
+        torch.randn(shape, generator=generator, device="cpu")
+        for shape in (*shapes, (1, n, 6, size))
+    ]
     direction = drawn.pop().to(needs.device)
     return [x.to(needs.device, needs.dtype).requires_grad_() for x in drawn], direction
 

@@ -155,7 +155,7 @@ def enable_prefix_sharing(
         for backbone in backbones:
             patch = patch_of(backbone) or BackbonePatch(backbone, backend, on_bypass)
             patch.backend, patch.on_bypass = backend, on_bypass
-            with autocast_of(target) if is_trainer(target) else nullcontext():
+            with autocast_of(target, backbone.device) if is_trainer(target) else nullcontext():
                 chosen = patch.selection(backbone).backend.name
                 if verify:
                     verify_sharing(backbone)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Backend, Needs
 from hf_prefix_patch.backends.flex import FLEX
 from hf_prefix_patch.kernel_check import kernel_fault
-from hf_prefix_patch.support import has_sinks, layer_slides, layer_types, sliding_window
+from hf_prefix_patch.support import has_sinks, layer_types, sliding_window
+
+# What configs call the dropout of attention weights.
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,40 @@ def unserved(backend: Backend, needs: Needs) -> str | None:
     return backend.unserved(needs)
 
 
-def needs_of(backbone: PreTrainedModel, head_dims: frozenset[int]) -> Needs:
+@dataclass(frozen=True)
+class Structure:
+    """What of a model's needs does not change from call to call.
+
+    Attributes:
+        head_dims: sizes of its query, key and value heads.
+        slides: whether layers have a sliding window: both, where some do.
+        sinks: whether layers have attention sinks.
+    """
+
+    head_dims: frozenset[int]
+    slides: frozenset[bool]
+    sinks: bool
+
+
+def structure_of(backbone: PreTrainedModel) -> Structure:
+    """Read off the modules and the layer types of a decoder stack."""
+    kinds = layer_types(backbone.config)
+    return Structure(
+        head_dims=_head_dims(backbone),
+        slides=frozenset(kind == "sliding_attention" for kind in kinds),
+        sinks=has_sinks(backbone),
+    )
+
+
+def needs_of(backbone: PreTrainedModel, structure: Structure) -> Needs:
     """What the attention of a decoder stack needs in the present state of model and autocast."""
     config, device = backbone.config, backbone.device
-    windows = {
-        sliding_window(config) if layer_slides(config, layer) else None
-        for layer in range(len(layer_types(config)))
-    }
+    windows = {sliding_window(config) if slides else None for slides in structure.slides}
     features = {
         "window": windows != {None},
         "softcap": getattr(config, "attn_logit_softcapping", None) is not None,
-        "sinks": has_sinks(backbone),
-        "dropout": bool(getattr(config, "attention_dropout", None)),
+        "sinks": structure.sinks,
+        "dropout": any(getattr(config, name, None) for name in _DROPOUTS),
     }
     known = torch.amp.is_autocast_available(device.type)  # not for meta tensors
     autocast = known and torch.is_autocast_enabled(device.type)
@@ -104,13 +127,13 @@ def needs_of(backbone: PreTrainedModel, head_dims: frozenset[int]) -> Needs:
         device=device,
         dtype=torch.get_autocast_dtype(device.type) if autocast else backbone.dtype,
         implementation=config._attn_implementation,
-        head_dims=head_dims,
+        head_dims=structure.head_dims,
         windows=frozenset(windows),
         features=frozenset(name for name, used in features.items() if used),
     )
 
 
-def head_dims(backbone: nn.Module) -> frozenset[int]:
+def _head_dims(backbone: PreTrainedModel) -> frozenset[int]:
     """Sizes of the query, key and value heads, as the attention modules or the config say."""
     names = ("head_dim", "qk_head_dim", "v_head_dim")
     found = {
@@ -121,7 +144,6 @@ def head_dims(backbone: nn.Module) -> frozenset[int]:
         if isinstance(size := getattr(module, name, None), int)
     }
     if not found:
-        config: Any = backbone.config
-        size = getattr(config, "head_dim", None)
-        found = {size or config.hidden_size // config.num_attention_heads}
+        config = backbone.config
+        found = {config.hidden_size // config.num_attention_heads}
     return frozenset(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +25,12 @@ def models_of(trainer: Any) -> list[Any]:
     return [model for model in models if model is not None]
 
 
-def autocast_of(trainer: Any) -> torch.autocast:
-    """The autocast that the trainer runs its models under."""
-    args, device = trainer.args, trainer.model.device.type
-    dtype = torch.bfloat16 if getattr(args, "bf16", False) else torch.float16
-    enabled = getattr(args, "bf16", False) or getattr(args, "fp16", False)
-    return torch.autocast(device, dtype=dtype, enabled=enabled)
+def autocast_of(trainer: Any, device: torch.device) -> AbstractContextManager[Any]:
+    """The autocast that the trainer runs its models under, for a model on `device`."""
+    bf16, fp16 = (getattr(trainer.args, name, False) for name in ("bf16", "fp16"))
+    if not (bf16 or fp16) or not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if bf16 else torch.float16)
 
 
 def check_trainer(trainer: Any) -> None:

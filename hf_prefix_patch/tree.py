@@ -210,7 +210,7 @@ def host_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids int64, mask bool, positions int64 as `[R, L]` arrays; one copy from the device."""
     ids = _as_rows("input_ids", input_ids)
-    given = [torch.as_tensor(ids)]
+    given = [ids]
     if attention_mask is not None:
         given.append(_as_rows("attention_mask", attention_mask, ids.shape).ne(0))
     if position_ids is not None:
@@ -224,7 +224,7 @@ def host_rows(
 
 
 def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor:
-    rows = torch.as_tensor(x)
+    rows = x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
     if rows.ndim == 2 and shape is not None and name == "position_ids":
         rows = rows.expand(shape) if rows.shape[0] == 1 and rows.shape[1] == shape[1] else rows
     if rows.ndim != 2 or (shape is not None and rows.shape != shape):

@@ -87,7 +87,9 @@ def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
         )
     length = max(map(sum, ((p, max(c, r)) for p, c, r in (_RIGHT, _LEFT)))) + 1
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, backbone.config.vocab_size, (4, length), generator=generator)
+    ids = torch.randint(
+        0, backbone.config.vocab_size, (4, length), generator=generator, device="cpu"
+    )
     mask = torch.zeros_like(ids)
     prompt, chosen, rejected = _RIGHT
     ids[1, :prompt] = ids[0, :prompt]

@@ -78,7 +78,7 @@ def run(model: nn.Module, batch: Batch, **kwargs: Any) -> tuple[Tensor, dict[str
     model.zero_grad(set_to_none=True)
     output = model(**batch.inputs, **kwargs)
     logps = completion_logps(output.logits, batch)
-    weights = torch.linspace(1.0, -0.7, len(logps), dtype=logps.dtype)
+    weights = torch.linspace(1.0, -0.7, len(logps), dtype=logps.dtype, device=logps.device)
     loss = (logps * weights).sum()
     if getattr(output, "aux_loss", None) is not None:
         loss = loss + output.aux_loss

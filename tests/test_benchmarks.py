@@ -321,3 +321,28 @@ def test_memory(table):
 
 def test_versions_of_what_is_installed(module):
     assert module("report").versions("no-such-package", "torch") == f"torch {torch.__version__}"
+
+
+def test_attention(module, monkeypatch, tmp_path):
+    """Both tables; the backend computes what the rows do, and the ideal counts what is visible."""
+    sizes = ["--heads", "3", "--kv-heads", "1", "--size", "8", "--repeats", "1", "--threads", "1"]
+    cases = ["40x8x2", "5x4x3"]
+    module("attention").main(["--device", "cpu", *sizes, "--cases", *cases, "--out", str(tmp_path)])
+    stems = ["attention-alone-on-cpu-1-threads", "gathering-keys-and-values-on-cpu-1-threads"]
+    assert sorted(path.stem for path in tmp_path.glob("*.csv")) == stems
+    assert (tmp_path / f"{stems[0]}.png").stat().st_size > 5_000
+    tables = []
+    for stem in stems:
+        assert "torch 2." in (tmp_path / f"{stem}.md").read_text()
+        with (tmp_path / f"{stem}.csv").open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    calls, copies = tables
+    assert [row["call"] for row in calls] == ["sdpa", "sdpa"]
+    for row, (p, r, g) in zip(calls, [(40, 8, 2), (5, 4, 3)], strict=True):
+        alone = g * sum(range(1, p + r + 1))
+        shared = sum(range(1, p + 1)) + g * sum(range(p + 1, p + r + 1))
+        assert float(row["ideal"]) == pytest.approx(alone / shared)
+        assert float(row["error"]) < 1e-5
+        assert float(row["speed-up"]) == pytest.approx(1 / float(row["time ratio"]))
+    assert [int(row["keys"]) for row in copies] == [96, 27]
+    assert all(float(row["ratio"]) > 0 for row in copies)

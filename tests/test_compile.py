@@ -88,17 +88,29 @@ def test_sinks_add_no_graph_break():
 
 
 def test_dropout_in_compiled_layers_is_that_of_its_forward():
-    """Gradient of the loss along the weights of `v`, which enters linearly, in one layer."""
-    model = tiny_model(attention_dropout=0.5, num_hidden_layers=1)
+    """Gradients against finite differences of the same draw, in fp64."""
+    model = tiny_model(attention_dropout=0.5).double()
+    weight = model.model.layers[0].self_attn.v_proj.weight
     batch = ragged_batches(1)[0]
-    with enable_prefix_sharing(model, verify=False):
+    direction = torch.randn(weight.shape, dtype=torch.float64)
+
+    def loss(step=0.0, seed=0):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            weight.add_(direction, alpha=step)
+        logps, grads = run(model, batch)
+        with torch.no_grad():
+            weight.sub_(direction, alpha=step)
+        weights = torch.linspace(1.0, -0.7, len(logps), dtype=logps.dtype)  # those of `run`
+        return (logps * weights).sum().item(), grads["model.layers.0.self_attn.v_proj.weight"]
+
+    with enable_prefix_sharing(model, verify=False) as sharing:
         compile_layers(model)
-        draws = {run(model, batch)[0].sum().item() for _ in range(3)}
-        assert len(draws) == 3
-        torch.manual_seed(0)
-        first = run(model, batch)
-        torch.manual_seed(0)
-        assert_same_run(run(model, batch), first)
+        assert loss(seed=1)[0] != loss(seed=2)[0]
+        _, gradient = loss()
+        slope = (loss(1e-3)[0] - loss(-1e-3)[0]) / 2e-3
+    assert sharing.stats.calls == 5
+    assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-3)  # log-probs are fp32
 
 
 @torch.library.custom_op("hf_prefix_patch_tests::varlen", mutates_args=())

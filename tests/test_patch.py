@@ -353,6 +353,18 @@ def test_stats_add_up():
     assert (total.calls, total.bypassed) == (3, {"a": 2, "b": 1})
 
 
+def test_a_failure_half_way_leaves_the_model_whole():
+    """Whatever goes wrong while attention modules get their views."""
+    model = tiny_model()
+    model.model.layers[1].self_attn.layer_idx = "1"
+    with pytest.raises(TypeError):
+        enable_prefix_sharing(model)
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+    assert not model.model._forward_pre_hooks
+    model.model.layers[1].self_attn.layer_idx = 1
+    enable_prefix_sharing(model).remove()
+
+
 def test_backend_is_named_and_logged(caplog):
     model = tiny_model()
     with caplog.at_level(logging.INFO, "hf_prefix_patch"), enable_prefix_sharing(model) as sharing:

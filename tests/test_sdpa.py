@@ -6,6 +6,7 @@ from batches import packed_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree import batches
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.backends import cpu, sdpa
@@ -198,12 +199,57 @@ def test_dropout_of_the_operator_is_the_same_in_backward():
     torch.testing.assert_close((gradient * v).sum(), output.sum())
 
 
-def test_operators_keep_pytorchs_rules():
+def as_models_pass_them(x):
+    """Heads split off the last dimension of a projection."""
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+
+def strided(x):
+    """Every second entry of a wider tensor."""
+    return x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_()
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "as models pass them": as_models_pass_them,
+    "strided": strided,
+    "d-major": lambda x: x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout):
+    tree = PrefixTree.from_rows([[1, 2, 3, 4], [1, 2, 5, 6], [1, 7, 8, 9]])
+    inputs = [LAYOUTS[layout](x) for x in packed_inputs(tree)]
+    assert_equals_duplicated_rows(tree, attend(tree, inputs), inputs)
+    for wanted in ([0], [1, 2], [2]):
+        some = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        got = attend(tree, some)
+        want = duplicated_rows_attention(tree, *some, scaling=0.3)
+        leaves = [some[i] for i in wanted]
+        grads = (torch.autograd.grad(x.sin().sum(), leaves) for x in (got, want))
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_the_users_choice_of_kernel(monkeypatch):
+    """`sdpa_kernel(MATH)` switches the flash kernel off: attention can be differentiated twice."""
+    monkeypatch.setattr(sdpa, "cpu_attention", None)
+    tree = PrefixTree.from_rows([[1, 2, 3, 4], [1, 2, 5, 6]])
+    inputs = packed_inputs(tree)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(lambda *x: attend(tree, x), inputs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "as models pass them", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_operators_keep_pytorchs_rules(layout, dtype):
     """Schemas, shapes under fake tensors and registered gradients."""
     tree = PrefixTree.from_rows([[1, 2, 3, 4], [1, 2, 5, 6], [1, 7, 8, 9]])
     blocks = as_tensor(chain_blocks(tree))
-    inputs = packed_inputs(tree)
-    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in packed_inputs(tree)]
+    inputs = [LAYOUTS[layout](x) for x in inputs]
+    sinks = torch.randn(4, dtype=dtype, requires_grad=True)
     torch.library.opcheck(cpu.cpu_attention, (*inputs, blocks, 0.3))
     for args in [(None, blocks, None, 0.3, 0.0, 2, None), (sinks, blocks, None, 0.3, 0.0, 2, 1.5)]:
         torch.library.opcheck(sdpa.chain_attention, (*inputs, *args))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import NO_SDPA, tiny_model
 from tiny_trl import build_trainer, load, save_tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 from varlen_emulator import flash_2, flash_with_sinks, install_flash, install_torch_varlen
 
 from hf_prefix_patch import attention, enable_prefix_sharing, kernel_check, selection
@@ -136,7 +137,7 @@ def test_flex_is_taken_by_name_only(ampere):
 )
 def test_needs_of_a_model(family, features, windows):
     model = tiny_model(family, "eager" if family in NO_SDPA else "sdpa").model
-    found = selection.needs_of(model, selection.head_dims(model))
+    found = selection.needs_of(model, selection.structure_of(model))
     assert (found.features, found.windows) == (features, windows)
     assert found.head_dims == {8}
     assert found.implementation == model.config._attn_implementation
@@ -145,11 +146,28 @@ def test_needs_of_a_model(family, features, windows):
 
 def test_needs_follow_dtype_autocast_and_dropout():
     model = tiny_model(attention_dropout=0.1).bfloat16().model
-    sizes = selection.head_dims(model)
-    assert selection.needs_of(model, sizes).dtype == torch.bfloat16
-    assert selection.needs_of(model, sizes).features == {"dropout"}
+    structure = selection.structure_of(model)
+    assert selection.needs_of(model, structure).dtype == torch.bfloat16
+    assert selection.needs_of(model, structure).features == {"dropout"}
     with torch.autocast("cpu", dtype=torch.float16):
-        assert selection.needs_of(model, sizes).dtype == torch.float16
+        assert selection.needs_of(model, structure).dtype == torch.float16
+
+
+def test_dropout_of_the_gpt2_family():
+    """Their configs call it otherwise, and it is on by default."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).transformer
+    found = selection.needs_of(model, selection.structure_of(model))
+    assert (found.features, found.head_dims) == ({"dropout"}, {8})
+
+
+def test_per_call_needs_do_not_walk_the_model(monkeypatch):
+    model = tiny_model()
+    rows = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    with enable_prefix_sharing(model) as sharing:
+        monkeypatch.setattr(selection, "structure_of", None)
+        monkeypatch.setattr(selection, "has_sinks", None)
+        model(rows)
+    assert sharing.stats.calls == 1
 
 
 def test_the_handle_names_the_backend_and_the_reasons():
@@ -330,6 +348,19 @@ def test_the_check_leaves_random_state_and_gradient_mode_alone(on_cpu):
     with torch.inference_mode():
         assert kernel_check.find_fault(SDPA, CPU_NEEDS) is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_running_out_of_memory_says_nothing_of_a_kernel(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        kernel_check.find_fault(broken(SDPA, full), CPU_NEEDS)
+
+
+def test_the_check_does_not_depend_on_the_default_device():
+    with torch.device("meta"):
+        assert kernel_check.find_fault(SDPA, CPU_NEEDS) is None
 
 
 def test_a_kernel_is_checked_once(monkeypatch):

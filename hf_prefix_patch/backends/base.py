@@ -93,7 +93,8 @@ def as_tensor(blocks: Sequence[Sequence[int]]) -> Tensor:
 
     Flat, because torch.compile makes code of its own for a dimension of one.
     """
-    return varying(torch.tensor([x for block in blocks for x in block], dtype=torch.int64))
+    flat = [x for block in blocks for x in block]
+    return varying(torch.tensor(flat, dtype=torch.int64, device="cpu"))
 
 
 def varying(x: Tensor) -> Tensor:
@@ -117,3 +118,8 @@ def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
+
+
+def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors whose last dimension is contiguous, which kernels take for granted."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)

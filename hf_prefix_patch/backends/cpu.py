@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_prefix_patch.backends.base import HALF, as_blocks
+from hf_prefix_patch.backends.base import HALF, as_blocks, rows_contiguous
 
 # The kernel behind scaled_dot_product_attention on CPUs. Called by name because the public function
 # keeps the log-sum-exp to itself.
@@ -63,10 +63,11 @@ def cpu_attention(
     Returns:
         Output as `[1, N, heads, head_dim]` and log-sum-exp `[1, N, heads]`.
     """
-    total = torch.promote_types(query.dtype, torch.float32)
+    query, key, value = rows_contiguous(query, key, value)
+    exact = torch.promote_types(query.dtype, torch.float32)
     _, heads, tokens, size = query.shape
-    output = query.new_empty((1, tokens, heads, size), dtype=total)
-    lse = query.new_empty((1, tokens, heads), dtype=total)
+    output = query.new_empty((1, tokens, heads, size), dtype=exact)
+    lse = query.new_empty((1, tokens, heads), dtype=exact)
     whole = output.transpose(1, 2), lse.transpose(1, 2)[..., None]
     for call in _calls(blocks, heads):
         queries, keys, values = _inputs(call, query, key, value)
@@ -95,8 +96,9 @@ def cpu_attention_backward(
     blocks: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grad, query, key, value = rows_contiguous(grad, query, key, value)
     exact = torch.promote_types(query.dtype, torch.float32)
-    grads = [torch.zeros(x.shape, dtype=exact) for x in (query, key, value)]
+    grads = [x.new_zeros(x.shape, dtype=exact) for x in (query, key, value)]
     grad, output, lse = (x.transpose(1, 2) for x in (grad, output, lse))
     lse = lse[..., None]
     for call in _calls(blocks, query.shape[1]):
@@ -115,18 +117,25 @@ def cpu_attention_backward(
         call.queries.of(grads[0]).add_(parts[0])
         for total, part in zip(grads[1:], parts[1:], strict=True):
             tiles = call.keys.of(total)
-            tiles.add_(part if part.shape == tiles.shape else part.sum(0, keepdim=True))
+            if part.shape != tiles.shape:
+                part = part.sum(0, keepdim=True, dtype=exact)
+            tiles.add_(part)
     dtypes = (query.dtype, key.dtype, value.dtype)
     dq, dk, dv = (x.to(dtype) for x, dtype in zip(grads, dtypes, strict=True))
     return dq, dk, dv
 
 
 def served_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes these: on a CPU, one type, one head size."""
-    dtypes = {x.dtype for x in (query, key, value)}
-    types = (*HALF, torch.float32, torch.float64)
-    sizes = {x.shape[-1] for x in (query, key, value)}
-    return query.device.type == "cpu" and len(dtypes | sizes) == 2 and dtypes <= set(types)
+    """Whether the kernel takes these, on a CPU, and the user has not switched it off
+    (`torch.nn.attention.sdpa_kernel`)."""
+    if query.device.type != "cpu" or query.dtype not in (*HALF, torch.float32, torch.float64):
+        return False
+    if any(x.dtype != query.dtype or x.shape[-1] != query.shape[-1] for x in (key, value)):
+        return False
+    if torch.compiler.is_compiling():  # which cannot look
+        return True
+    enabled: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    return enabled
 
 
 def _inputs(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,17 +151,19 @@ def _calls(blocks: Tensor, heads: int) -> list[Call]:
     causal: list[Call] = []
     whole: list[Call] = []
     shared: list[list[int]] = []
+    last: dict[tuple[int, int], list[int]] = {}
     for block in as_blocks(blocks):
         if block[:2] == block[2:]:
             for call in _halves(*block[:2]):
                 (causal if call.causal else whole).append(call)
             continue
         # Neighbours that see the same keys go together.
-        same = next((b for b in shared if b[2:] == block[2:] and b[1] == block[0]), None)
-        if same is None:
-            shared.append(block)
+        keys = (block[2], block[3])
+        if keys in last and last[keys][1] == block[0]:
+            last[keys][1] = block[1]
         else:
-            same[1] = block[1]
+            last[keys] = block
+            shared.append(block)
     whole += [Call(Tiles(q0, q1 - q0), Tiles(k0, k1 - k0)) for q0, q1, k0, k1 in shared]
     # In backward a thread takes whole heads: an odd number of them leaves one of two threads idle.
     uneven = heads % torch.get_num_threads() > 0

@@ -46,6 +46,11 @@ def flex_attend(
         `[1, N, heads, head_dim]`.
     """
     query, key, value = to_autocast_dtype(query, key, value)
+    if sliding_window not in tree_block_masks:
+        raise NotImplementedError(
+            f"{type(module).__name__} passes the sliding window {sliding_window}, but its config "
+            f'says {list(tree_block_masks)}; pass backend="sdpa"'
+        )
     output = _flex()(
         query,
         key,

@@ -1,7 +1,7 @@
 """The `sdpa` backend: `scaled_dot_product_attention` for one chain after the other.
 
 Runs on every device and in every dtype, with windows, soft caps, sinks and dropout. Never builds a
-mask over the whole packed row.
+mask of the whole packed row against itself.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def sdpa_attend(
         return output
     options = (scaling, dropout, sliding_window, softcap)
     if torch.compiler.is_compiling():
-        seed = torch.randint(2**62, (1,)) if dropout else None
+        seed = torch.randint(2**62, (1,), device="cpu") if dropout else None
         output = chain_attention(query, key, value, s_aux, tree_blocks, seed, *options)
         return output
     return _attend_chains(query, key, value, s_aux, tree_blocks, *options)
@@ -220,9 +220,14 @@ def _seeded(seed: Tensor | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
-        torch.manual_seed(int(seed))
-        yield
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(seed))
+            yield
+    else:  # of this device alone: those of others would not come back
+        with torch.random.fork_rng([device], device_type=device.type):
+            getattr(torch, device.type).manual_seed(int(seed))
+            yield
 
 
 @chain_attention.register_fake

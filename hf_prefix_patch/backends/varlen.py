@@ -25,6 +25,7 @@ from hf_prefix_patch.backends.base import (
     as_blocks,
     as_tensor,
     chain_blocks,
+    rows_contiguous,
     to_autocast_dtype,
     varying,
 )
@@ -161,6 +162,7 @@ def _sequences(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if chains["num_keys"] != k.shape[0]:
         k, v = (gather_paths(x, blocks, chains["num_keys"]) for x in (k, v))
+    q, k, v = rows_contiguous(q, k, v)
     return q, k, v, size
 
 
