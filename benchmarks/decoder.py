@@ -5,6 +5,7 @@ and token in the projections and the MLP, and in attention for every pair of a q
 it may see. Their ratio is the ideal that a measured ratio is held against.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,7 +76,10 @@ def build_decoder(
         model.requires_grad_(False)
         model.enable_input_require_grads()
     if checkpointing:
-        model.activation_checkpointing_enable()  # without reentrance
+        with warnings.catch_warnings():
+            # Renamed in transformers 5.23, which takes the name that earlier ones have too.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 

@@ -1,7 +1,7 @@
 """The attention function that transformers calls, and the table of backends behind it.
 
-A call that carries the descriptors of a `PrefixTree` runs shared attention on the packed row; any
-other call runs the implementation that the model's own config names.
+A call that carries a backend and what it planned for a `PrefixTree` runs shared attention on the
+packed row; any other call runs the implementation that the model's own config names.
 """
 
 from __future__ import annotations

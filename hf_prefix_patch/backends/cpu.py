@@ -78,10 +78,9 @@ def cpu_attention(
             merged.copy_(part)
             merged_lse.copy_(part_lse)
             continue
-        both = torch.logaddexp(merged_lse, part_lse)
-        merged.mul_((merged_lse - both).exp_())
-        merged.add_(part * (part_lse - both).exp_())
-        merged_lse.copy_(both)
+        # The part's share of the softmax: exp(part_lse) / (exp(part_lse) + exp(merged_lse)).
+        merged.lerp_(part.to(exact), torch.sigmoid(part_lse - merged_lse))
+        torch.logaddexp(merged_lse, part_lse, out=merged_lse)
     return output.to(query.dtype), lse
 
 
@@ -98,7 +97,8 @@ def cpu_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, query, key, value = rows_contiguous(grad, query, key, value)
     exact = torch.promote_types(query.dtype, torch.float32)
-    grads = [x.new_zeros(x.shape, dtype=exact) for x in (query, key, value)]
+    # Laid out by tokens, as the kernel lays out its parts.
+    grads = [_by_tokens(x, exact) for x in (query, key, value)]
     grad, output, lse = (x.transpose(1, 2) for x in (grad, output, lse))
     lse = lse[..., None]
     for call in _calls(blocks, query.shape[1]):
@@ -114,9 +114,12 @@ def cpu_attention_backward(
             call.causal,
             scale=scaling,
         )
-        call.queries.of(grads[0]).add_(parts[0])
-        for total, part in zip(grads[1:], parts[1:], strict=True):
-            tiles = call.keys.of(total)
+        places = (call.queries, call.keys, call.keys)
+        for total, part, place in zip(grads, parts, places, strict=True):
+            tiles = place.of(total)
+            if call.causal:
+                tiles.copy_(part)
+                continue
             if part.shape != tiles.shape:
                 part = part.sum(0, keepdim=True, dtype=exact)
             tiles.add_(part)
@@ -136,6 +139,11 @@ def served_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return True
     enabled: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
     return enabled
+
+
+def _by_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[1, heads, N, D]` like `x`, laid out as `[1, N, heads, D]`."""
+    return x.new_empty(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
 def _inputs(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +230,7 @@ def _(
     blocks: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    dq, dk, dv = (_by_tokens(x, x.dtype) for x in (query, key, value))
     return dq, dk, dv
 
 
