@@ -1,6 +1,7 @@
 """torch.compile: compiled layers and compiled models compute the same, in few graphs."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -213,12 +214,15 @@ def test_compiled_model(enable_first):
 
 def test_compiled_by_inductor():
     """The default compiler, whose C++ the machine may not be able to build."""
-    if not torch._inductor.cpp_builder.is_gcc() and not torch._inductor.cpp_builder.is_clang():
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no C++ compiler for torch.compile")
+    from torch._inductor.utils import fresh_cache
+
     model = tiny_model()
     batches = ragged_batches(3)
     want = [run(model, batch) for batch in batches]
-    with enable_prefix_sharing(model, verify=False) as sharing:
+    # Its cache on disk knows nothing of how an operator of ours lays out what it returns.
+    with fresh_cache(), enable_prefix_sharing(model, verify=False) as sharing:
         for layer in model.model.layers:
             layer.compile()
         for batch, expected in zip(batches, want, strict=True):
