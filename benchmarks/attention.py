@@ -118,11 +118,14 @@ def attention_lines(case: tuple[int, ...], args: argparse.Namespace) -> list[tup
     on_rows = [rows_of(tree, x) for x in inputs]
     calls = unshared_calls(on_rows, args) | shared_calls(tree, inputs, args)
     direction = torch.randn_like(inputs[0]).transpose(1, 2)
-    directions = {
-        name: (tree.unpack(direction) if name.startswith("unshared") else direction)
-        for name in calls
-    }
-    steps = {name: partial(step, call, directions[name]) for name, call in calls.items()}
+    steps = {}
+    for name, call in calls.items():
+        on = (
+            (on_rows, tree.unpack(direction))
+            if name.startswith("unshared")
+            else (inputs, direction)
+        )
+        steps[name] = partial(step, call, *on)
     times, peaks = measure(steps, args)
     plain = [name for name in calls if name.startswith("unshared")]
     best = min(plain, key=times.__getitem__)
@@ -225,8 +228,8 @@ def needs_of(args: argparse.Namespace) -> Needs:
     )
 
 
-def step(call: Callable[[], Tensor], direction: Tensor) -> None:
-    call().backward(direction)
+def step(call: Callable[[], Tensor], inputs: list[Tensor], direction: Tensor) -> None:
+    torch.autograd.grad(call(), inputs, direction)
 
 
 def measure(
@@ -260,7 +263,7 @@ def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
     direction = torch.randn(count, *x.shape[1:], device=x.device).to(x.dtype)
     found = [torch.autograd.grad(way(), x, direction)[0] for way in ways.values()]
     torch.testing.assert_close(*found, atol=5e-2, rtol=5e-2)
-    steps = {name: partial(step, way, direction) for name, way in ways.items()}
+    steps = {name: partial(step, way, [x], direction) for name, way in ways.items()}
     times, _ = measure(steps, args)
     times = {name: 1e3 * seconds for name, seconds in times.items()}
     return (*case, count, *times.values(), times["index_select"] / times["slices"])

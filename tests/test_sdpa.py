@@ -68,12 +68,15 @@ def test_short_and_long_prefixes(prefix, window, sinks):
 
 
 def test_groups_share_one_call_on_their_prompt():
-    """Eight responses of a prompt: eight triangles, and one tile of all but the first response."""
+    """Eight responses of a prompt, three calls: the prompt with the first, the triangles of the
+    others, and one tile of all others on the prompt."""
     tree = PrefixTree.from_rows([[1, 2, 3, 10 + r, 20 + r] for r in range(8)])
     calls = cpu._calls(as_tensor(chain_blocks(tree)), heads=4)
-    assert sum(call.causal for call in calls) == 8
-    assert [call for call in calls if not call.causal] == [
-        cpu.Call(cpu.Tiles(5, 14), cpu.Tiles(0, 3))
+    first, others = cpu.Tiles(0, 5), cpu.Tiles(5, 2, 7, 2)
+    assert calls == [
+        cpu.Call(first, first, causal=True),
+        cpu.Call(others, others, causal=True),
+        cpu.Call(cpu.Tiles(5, 14), cpu.Tiles(0, 3)),
     ]
 
 

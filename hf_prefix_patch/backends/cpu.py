@@ -163,7 +163,12 @@ def _calls(blocks: Tensor, heads: int) -> list[Call]:
     for block in as_blocks(blocks):
         if block[:2] == block[2:]:
             for call in _halves(*block[:2]):
-                (causal if call.causal else whole).append(call)
+                if not call.causal:
+                    whole.append(call)
+                elif causal and (joined := _join(causal[-1].queries, call.queries)):
+                    causal[-1] = Call(joined, joined, causal=True)
+                else:
+                    causal.append(call)
             continue
         # Neighbours that see the same keys go together.
         keys = (block[2], block[3])
@@ -176,6 +181,14 @@ def _calls(blocks: Tensor, heads: int) -> list[Call]:
     # In backward a thread takes whole heads: an odd number of them leaves one of two threads idle.
     uneven = heads % torch.get_num_threads() > 0
     return causal + [_split(call) if uneven else call for call in whole]
+
+
+def _join(one: Tiles, two: Tiles) -> Tiles | None:
+    """Tiles side by side as one, if they are of one length and each follows on the other."""
+    size = one.length
+    if two.length != size or two.start != one.start + one.number * size:
+        return None
+    return Tiles(one.start, size, one.number + two.number, size)
 
 
 def _halves(start: int, stop: int) -> Iterator[Call]:
