@@ -12,7 +12,6 @@ as the library does it, against `index_select`.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from charts import grouped_bars
 from decoder import row_pairs, tree_pairs
-from measure import peak_of, seconds_of
+from measure import medians, peak_of, seconds_of
 from report import machine, write_table
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
@@ -32,7 +31,7 @@ from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.backends.varlen import gather_paths
-from hf_prefix_patch.kernel_check import find_fault
+from hf_prefix_patch.kernel_check import kernel_fault
 from hf_prefix_patch.selection import unserved
 
 DEFAULTS = {
@@ -205,9 +204,7 @@ def shared_calls(
     needs = needs_of(args)
     calls: dict[str, Callable[[], Tensor]] = {}
     for name, backend in BACKENDS.items():
-        reason = unserved(backend, needs)
-        if reason is None and args.device == "cuda":
-            reason = find_fault(backend, needs)
+        reason = unserved(backend, needs) or kernel_fault(backend, needs)
         if reason is not None:
             tqdm.write(f"backend {name} left out: {reason}")
             continue
@@ -240,11 +237,8 @@ def measure(
     for call in steps.values():
         call()
     peaks = {name: peak_of(call, device) for name, call in steps.items()}
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.repeats):
-        for name, call in steps.items():
-            taken[name].append(seconds_of(call, device))
-    return {name: statistics.median(times) for name, times in taken.items()}, peaks
+    timers = {name: partial(seconds_of, call, device) for name, call in steps.items()}
+    return medians(timers, args.repeats), peaks
 
 
 def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:

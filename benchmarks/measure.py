@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,21 @@ def time_in_turn(
     The steps take turns, so that a slow spell of the machine meets all of them. Switching from one
     side to another is not timed; planning, which belongs to every call, is.
     """
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+
+    def timed(side: Side, step: Callable[[], Any]) -> float:
+        model.zero_grad(set_to_none=True)
+        with side.on(model):
+            return seconds_of(step, model.device)
+
+    return medians({name: partial(timed, *step) for name, step in steps.items()}, repeats)
+
+
+def medians(timers: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median of what each timer returns, called in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(repeats):
-        for name, (side, step) in steps.items():
-            model.zero_grad(set_to_none=True)
-            with side.on(model):
-                taken[name].append(seconds_of(step, model.device))
+        for name, timer in timers.items():
+            taken[name].append(timer())
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

@@ -141,13 +141,12 @@ def pack_rows(
     chosen = patch.selection(backbone)
     patch.stats.add(tree)
     ids = inputs["input_ids"]
-    dtype = next(x.dtype for x in backbone.parameters() if x.is_floating_point())
     inputs |= tree.model_kwargs() | plan.backend_kwargs(chosen.backend, chosen.needs)
     inputs |= {
         "input_ids": tree.pack(ids),
         # transformers hands a 4-D mask on as it is. Shared attention reads none; any other
         # attention that meets one of no size fails, where it would leak between branches.
-        "attention_mask": torch.zeros(EMPTY_MASK, dtype=dtype, device=ids.device),
+        "attention_mask": torch.zeros(EMPTY_MASK, dtype=backbone.dtype, device=ids.device),
         "use_cache": False,
         "tree_backend": chosen.backend,
         "tree_rows": tree,

@@ -43,8 +43,9 @@ def find_fault(backend: Backend, needs: Needs) -> str | None:
     Unequal lengths, several branches, grouped queries, a window, soft cap and sinks where the
     model has them; output and the gradients of queries, keys and values.
     """
+    no_autocast = torch.autocast(needs.device.type, enabled=False)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), _no_autocast(needs.device):
+        with torch.inference_mode(False), torch.enable_grad(), no_autocast:
             errors = _errors(backend, needs)
     except torch.OutOfMemoryError:
         raise  # says nothing of the kernel
@@ -126,10 +127,6 @@ class _Config:
     def __init__(self, implementation: str) -> None:
         self._attn_implementation = implementation
         self.prefix_sharing_original = self
-
-
-def _no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
 
 
 def _name(device: torch.device) -> str:

@@ -1,6 +1,5 @@
 """torch.compile: compiled layers and compiled models compute the same, in few graphs."""
 
-import dataclasses
 import shutil
 
 import pytest
@@ -9,9 +8,9 @@ from batches import assert_same_run, gradients, run
 from families import NO_SDPA, tiny_model
 from test_parity import random_batch
 from torch._dynamo.testing import CompileCounterWithBackend
-from varlen_emulator import varlen_attention
+from varlen_emulator import serve, varlen_attention
 
-from hf_prefix_patch import attention, enable_prefix_sharing
+from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.backends.varlen import TORCH_VARLEN
 
 # The compiler raises warnings that it hides itself, and stops at them where they are errors.
@@ -178,8 +177,7 @@ def test_compiled_varlen(monkeypatch):
         return emulated_varlen(*args, scale, window_size[0])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    changed = dataclasses.replace(TORCH_VARLEN, unserved=serves)
-    monkeypatch.setitem(attention.BACKENDS, "torch_varlen", changed)
+    serve(monkeypatch, TORCH_VARLEN)
     model = tiny_model("mistral-window").double()
     batches = ragged_batches()
     want = [run(model, batch) for batch in batches]
@@ -190,10 +188,6 @@ def test_compiled_varlen(monkeypatch):
     assert sharing.stats.calls == 12
     assert counter.frame_count <= 3
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-def serves(needs):
-    return None
 
 
 @pytest.mark.parametrize("enable_first", [False, True])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batches import packed_inputs
+from batches import assert_equals_duplicated_rows, packed_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree import batches
@@ -23,18 +23,6 @@ def as_operator(tree, inputs, sinks=None, dropout=0.0, window=None, softcap=None
     """What a compiled layer calls."""
     blocks, seed = sdpa.SDPA.plan(tree, None)["tree_blocks"], torch.tensor([7]) if dropout else None
     return sdpa.chain_attention(*inputs, sinks, blocks, seed, 0.3, dropout, window, softcap)
-
-
-def assert_equals_duplicated_rows(tree, got, inputs, **options):
-    want = duplicated_rows_attention(tree, *inputs[:3], scaling=0.3, **options)
-    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
-    direction = torch.randn_like(want)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, inputs, direction),
-        torch.autograd.grad(want, inputs, direction),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
 def assert_all_ways_equal(tree, **options):

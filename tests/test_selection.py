@@ -8,7 +8,13 @@ import torch
 from families import NO_SDPA, tiny_model
 from tiny_trl import build_trainer, load, save_tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
-from varlen_emulator import flash_2, flash_with_sinks, install_flash, install_torch_varlen
+from varlen_emulator import (
+    flash_2,
+    flash_with_sinks,
+    install_flash,
+    install_torch_varlen,
+    serve,
+)
 
 from hf_prefix_patch import attention, enable_prefix_sharing, kernel_check, selection
 from hf_prefix_patch.backends.base import Needs
@@ -193,8 +199,7 @@ def test_a_refused_backend_leaves_model_and_earlier_patch_as_they_were():
 def test_the_backend_follows_the_model(monkeypatch):
     """Picked at the call: enabled in fp32, trained in half precision or under autocast."""
     calls = install_torch_varlen(monkeypatch)
-    changed = dataclasses.replace(TORCH_VARLEN, unserved=needs_half)
-    monkeypatch.setitem(attention.BACKENDS, "torch_varlen", changed)
+    serve(monkeypatch, TORCH_VARLEN, needs_half)
     model = tiny_model()
     rows = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
     with enable_prefix_sharing(model) as sharing:
@@ -218,8 +223,7 @@ def test_a_trainers_autocast_is_verified(monkeypatch, tmp_path):
     """fp32 weights under bf16 autocast, as TRL trains by default: the half-precision backend is
     what the verification runs."""
     calls = install_torch_varlen(monkeypatch)
-    changed = dataclasses.replace(TORCH_VARLEN, unserved=needs_half)
-    monkeypatch.setitem(attention.BACKENDS, "torch_varlen", changed)
+    serve(monkeypatch, TORCH_VARLEN, needs_half)
     trainer = build_trainer(load(save_tiny_model(tmp_path)), tmp_path, bf16=True)
     assert trainer.model.dtype == torch.float32
     enable_prefix_sharing(trainer)
@@ -329,8 +333,7 @@ def test_kernels_that_do_not_run_are_found():
 def test_auto_moves_on_with_a_warning(on_cpu):
     """On a failed check; a named backend raises."""
     install_torch_varlen(on_cpu)
-    bad = broken(dataclasses.replace(TORCH_VARLEN, unserved=needs_half), half_scale)
-    on_cpu.setitem(attention.BACKENDS, "torch_varlen", bad)
+    serve(on_cpu, broken(TORCH_VARLEN, half_scale), needs_half)
     model = tiny_model().bfloat16()
     with pytest.warns(UserWarning, match="does not use its backend 'torch_varlen': it computes"):
         sharing = enable_prefix_sharing(model)

@@ -1,22 +1,33 @@
 """The calls that torch_varlen and flash make, run by an emulator of the documented semantics."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import LayerTokens, assert_same_run, packed_inputs, preference_batch, run
+from batches import (
+    LayerTokens,
+    assert_equals_duplicated_rows,
+    assert_same_run,
+    packed_inputs,
+    preference_batch,
+    run,
+)
 from families import NO_SDPA, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_parity import set_checkpointing
 from test_tree import batches
-from varlen_emulator import flash_2, flash_with_sinks, install_flash, install_torch_varlen
+from varlen_emulator import (
+    flash_2,
+    flash_with_sinks,
+    install_flash,
+    install_torch_varlen,
+    serve,
+)
 
-from hf_prefix_patch import PrefixTree, attention, enable_prefix_sharing
+from hf_prefix_patch import PrefixTree, enable_prefix_sharing
 from hf_prefix_patch.backends.base import Needs, as_tensor, chain_blocks
 from hf_prefix_patch.backends.varlen import FLASH, TORCH_VARLEN, gather_paths
-from hf_prefix_patch.reference import duplicated_rows_attention
 
 NEEDS = Needs(
     device=torch.device("cpu"),
@@ -43,17 +54,9 @@ def attend(backend, tree, inputs, module=None, **options):
     return backend.attend(module or FlashModule(), *inputs, scaling=0.3, **options, **plan)
 
 
-def assert_equals_duplicated_rows(backend, tree, inputs, **options):
+def assert_attends_alike(backend, tree, inputs, **options):
     got = attend(backend, tree, inputs[:3], **options)
-    want = duplicated_rows_attention(tree, *inputs[:3], scaling=0.3, **options)
-    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
-    direction = torch.randn_like(want)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, inputs, direction),
-        torch.autograd.grad(want, inputs, direction),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    assert_equals_duplicated_rows(tree, got, inputs, **options)
 
 
 FIXTURE_IS_STATELESS = settings(
@@ -67,7 +70,7 @@ def test_torch_varlen_equals_duplicated_rows(monkeypatch, batch, window):
     """Output and gradients in fp64: grouped queries, windows, any tree."""
     calls = install_torch_varlen(monkeypatch)
     tree = PrefixTree.from_rows(*batch)
-    assert_equals_duplicated_rows(TORCH_VARLEN, tree, packed_inputs(tree), sliding_window=window)
+    assert_attends_alike(TORCH_VARLEN, tree, packed_inputs(tree), sliding_window=window)
     (call,) = calls
     assert call["window_size"] == (-1 if window is None else window - 1, 0)
     assert call["scale"] == 0.3
@@ -82,7 +85,7 @@ def test_flash_equals_duplicated_rows(monkeypatch, batch, window, softcap):
     calls = install_flash(monkeypatch)
     tree = PrefixTree.from_rows(*batch)
     options = {"sliding_window": window, "softcap": softcap}
-    assert_equals_duplicated_rows(FLASH, tree, packed_inputs(tree), **options)
+    assert_attends_alike(FLASH, tree, packed_inputs(tree), **options)
     (call,) = calls
     assert call["causal"] is True
     assert call["softmax_scale"] == 0.3
@@ -97,7 +100,7 @@ def test_flash_with_sinks_equals_duplicated_rows(monkeypatch, batch, window):
     tree = PrefixTree.from_rows(*batch)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     inputs = [*packed_inputs(tree), sinks]
-    assert_equals_duplicated_rows(FLASH, tree, inputs, sliding_window=window, s_aux=sinks)
+    assert_attends_alike(FLASH, tree, inputs, sliding_window=window, s_aux=sinks)
 
 
 @pytest.mark.parametrize("backend", [TORCH_VARLEN, FLASH])
@@ -107,7 +110,7 @@ def test_narrow_value_heads(monkeypatch, backend):
     install_flash(monkeypatch)
     tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
     q, k, v = packed_inputs(tree)
-    assert_equals_duplicated_rows(backend, tree, [q, k, v.detach()[..., :4].requires_grad_()])
+    assert_attends_alike(backend, tree, [q, k, v.detach()[..., :4].requires_grad_()])
 
 
 @pytest.mark.parametrize("backend", [TORCH_VARLEN, FLASH])
@@ -202,15 +205,6 @@ def test_gather_keeps_pytorchs_rules():
     torch.library.opcheck(gather_paths, (x, as_tensor(chain_blocks(tree)), 8))
 
 
-def serve_on_cpu(monkeypatch, backend):
-    changed = dataclasses.replace(backend, unserved=serves)
-    monkeypatch.setitem(attention.BACKENDS, backend.name, changed)
-
-
-def serves(needs):
-    return None
-
-
 @pytest.mark.parametrize("mode", ["none", "non-reentrant", "reentrant"])
 @pytest.mark.parametrize(
     ("backend", "family", "function"),
@@ -229,7 +223,7 @@ def test_models_equal_the_unpatched_ones(monkeypatch, backend, family, function,
     calls = install_torch_varlen(monkeypatch)
     if function is not None:
         calls = install_flash(monkeypatch, function)
-    serve_on_cpu(monkeypatch, backend)
+    serve(monkeypatch, backend)
     model = tiny_model(family, "eager" if family in NO_SDPA else "sdpa")
     if backend is TORCH_VARLEN:  # which takes no fp32
         model.double()

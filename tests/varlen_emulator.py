@@ -7,7 +7,9 @@ what the kernels take for granted, and keep their calls for tests to look at.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +18,21 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import modeling_flash_attention_utils as hf_flash
 
+from hf_prefix_patch import attention
+from hf_prefix_patch.backends.base import Backend, Needs
+from hf_prefix_patch.backends.sdpa import SDPA
+
 _REAL_VARLEN_ATTN = varlen.varlen_attn
+
+
+def serve(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: Backend,
+    unserved: Callable[[Needs], str | None] = SDPA.unserved,
+) -> None:
+    """Let a backend serve what `unserved` allows, by default everything: an emulator runs here."""
+    changed = dataclasses.replace(backend, unserved=unserved)
+    monkeypatch.setitem(attention.BACKENDS, backend.name, changed)
 
 
 def varlen_attention(

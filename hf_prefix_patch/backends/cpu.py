@@ -234,14 +234,7 @@ def _(
 
 @cpu_attention_backward.register_fake
 def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    blocks: Tensor,
-    scaling: float,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (_by_tokens(x, x.dtype) for x in (query, key, value))
     return dq, dk, dv
