@@ -165,7 +165,10 @@ def _calls(blocks: Tensor, heads: int) -> list[Call]:
             for call in _halves(*block[:2]):
                 if not call.causal:
                     whole.append(call)
-                elif causal and (joined := _join(causal[-1].queries, call.queries)):
+                elif causal and causal[-1].queries.length == call.queries.length:
+                    # Right after it, as chains are in order and cover the packed row.
+                    start, size, number, _ = causal[-1].queries
+                    joined = Tiles(start, size, number + call.queries.number, size)
                     causal[-1] = Call(joined, joined, causal=True)
                 else:
                     causal.append(call)
@@ -181,14 +184,6 @@ def _calls(blocks: Tensor, heads: int) -> list[Call]:
     # In backward a thread takes whole heads: an odd number of them leaves one of two threads idle.
     uneven = heads % torch.get_num_threads() > 0
     return causal + [_split(call) if uneven else call for call in whole]
-
-
-def _join(one: Tiles, two: Tiles) -> Tiles | None:
-    """Tiles side by side as one, if they are of one length and each follows on the other."""
-    size = one.length
-    if two.length != size or two.start != one.start + one.number * size:
-        return None
-    return Tiles(one.start, size, one.number + two.number, size)
 
 
 def _halves(start: int, stop: int) -> Iterator[Call]:
