@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_prefix_patch.trie import trie_of_descriptors, trie_of_rows
+
 ArrayLike = Tensor | np.ndarray | Sequence[Sequence[int]]
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_POSITION = 2**32 - 1
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,17 +109,71 @@ class PrefixTree:
                 f"attention_mask marks no real token in {mask.shape[0]} rows of {mask.shape[1]}; "
                 "at least one is needed. Leave empty batches out."
             )
+        return cls.from_host_rows(ids, mask, positions, device)
+
+    @classmethod
+    def from_host_rows(
+        cls,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        positions: np.ndarray,
+        device: torch.device = _HOST,
+    ) -> PrefixTree:
+        """Plan what `host_rows` returned, without holes and with a real token."""
         _check_range("input_ids", ids[mask], _MAX_TOKEN_ID)
         _check_range("position_ids", positions[mask], _MAX_POSITION)
-        plan = _plan((ids << 32) | positions, mask)
+        plan = trie_of_rows((ids << 32) | positions, mask)
         plan["position_ids"] = positions.reshape(1, -1)[:, plan["source"]]
+        return cls._of_arrays(ids.shape[0], ids.shape[1], plan, device)
+
+    @classmethod
+    def from_descriptors(
+        cls,
+        position_ids: Tensor,
+        tree_kv_index: Tensor,
+        tree_cu_seqlens_q: Tensor,
+        tree_cu_seqlens_k: Tensor,
+    ) -> PrefixTree:
+        """The plan that a packed row's descriptors describe, as `model_kwargs` gives them.
+
+        Its rows are the paths that no other continues: descriptors do not say which rows end inside
+        another one, or are equal. Reads the descriptors on the host.
+
+        Args:
+            position_ids: `[1, N]` positions of the packed tokens.
+            tree_kv_index: `[K]` root-to-segment paths end to end, as packed positions.
+            tree_cu_seqlens_q: `[S+1]` segment boundaries in the packed row.
+            tree_cu_seqlens_k: `[S+1]` path boundaries in `tree_kv_index`.
+
+        Returns:
+            The plan, its tensors on the host.
+
+        Raises:
+            ValueError: descriptors that do not fit the packed row or one another.
+
+        Example:
+            >>> tree = PrefixTree.from_rows([[5, 6, 7], [5, 6, 9]])
+            >>> kwargs = tree.model_kwargs()
+            >>> lengths = [kwargs.pop(f"tree_max_seqlen_{x}") for x in "qk"]
+            >>> PrefixTree.from_descriptors(**kwargs).packed_index.tolist()
+            [0, 1, 2, 0, 1, 3]
+        """
+        given = (position_ids.reshape(-1), tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
+        host = [x.detach().cpu().numpy().astype(np.int64) for x in given]
+        num_rows, row_length, plan = trie_of_descriptors(*host)
+        return cls._of_arrays(num_rows, row_length, plan, _HOST)
+
+    @classmethod
+    def _of_arrays(
+        cls, num_rows: int, row_length: int, plan: dict[str, np.ndarray], device: torch.device
+    ) -> PrefixTree:
         parents, lengths = plan.pop("parents"), np.diff(plan["cu_seqlens_q"])
         return cls(
-            num_rows=ids.shape[0],
-            row_length=ids.shape[1],
+            num_rows=num_rows,
+            row_length=row_length,
             parents=tuple(parents.tolist()),
             segment_lengths=tuple(lengths.tolist()),
-            **{name: torch.from_numpy(array).to(device) for name, array in plan.items()},
+            **{name: to_device(torch.from_numpy(x), device) for name, x in plan.items()},
         )
 
     @property
@@ -143,9 +200,9 @@ class PrefixTree:
         return tuple(depths)
 
     def to(self, device: torch.device | str) -> PrefixTree:
-        """The same plan with its tensors on `device`."""
+        """The same plan with its tensors on `device`; never waits for the device."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        moved = {k: to_device(v, device) for k, v in values.items() if isinstance(v, Tensor)}
         return PrefixTree(**(values | moved))
 
     def pack(self, x: Tensor) -> Tensor:
@@ -199,6 +256,14 @@ class PrefixTree:
             )
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on `device`, queued there without waiting for what the device is doing."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        # From pageable memory the copy would wait for the stream; this memory is kept until it ran.
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def has_holes(mask: np.ndarray) -> bool:
     """Whether real tokens of some row of the `[R, L]` bool mask are not contiguous."""
     starts = mask[:, 1:] & ~mask[:, :-1]
@@ -239,71 +304,3 @@ def _check_range(name: str, values: np.ndarray, largest: int) -> None:
             f"{name} of real tokens lie in [{values.min()}, {values.max()}], but must lie in "
             f"[0, {largest}]; mask the cells that hold no token"
         )
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Number of leading symbols that two 1-D arrays share."""
-    shortest = min(len(a), len(b))
-    differs = a[:shortest] != b[:shortest]
-    first = int(differs.argmax()) if shortest else 0
-    return first if shortest and differs[first] else shortest
-
-
-def _plan(symbols: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """The trie of `[R, L]` symbols (token and position in one int64), as index arrays.
-
-    Rows sorted as byte strings visit the trie depth-first: each row shares with the row before it
-    exactly what it shares with any earlier row, and adds the rest of its path to the packed row.
-    """
-    num_rows, length = symbols.shape
-    starts, sizes = mask.argmax(1), mask.sum(1)
-    tokens = [symbols[r, starts[r] : starts[r] + sizes[r]] for r in range(num_rows)]
-    paths: list[np.ndarray] = [np.empty(0, np.int64)] * num_rows
-    sources: list[np.ndarray] = []
-    branches: list[tuple[int, int, int]] = []  # row, tokens it shares, offset of what it adds
-    cuts, offset = {0}, 0
-    before, before_path = np.empty(0, np.int64), np.empty(0, np.int64)
-    for row in sorted(range(num_rows), key=lambda r: tokens[r].tobytes()):
-        shared = _common_prefix(tokens[row], before)
-        added = len(tokens[row]) - shared
-        path = np.concatenate([before_path[:shared], np.arange(offset, offset + added)])
-        if added:
-            branches.append((row, shared, offset))
-            sources.append(row * length + starts[row] + np.arange(shared, len(path)))
-            cuts.add(offset)
-            if shared:
-                cuts.add(int(path[shared - 1]) + 1)
-        offset += added
-        paths[row], before, before_path = path, tokens[row], path
-    cu_q = np.array(sorted(cuts | {offset}), np.int64)
-    parents, kv_paths = _segments(cu_q, branches, paths)
-    return {
-        "source": np.concatenate(sources),
-        "cell": np.flatnonzero(mask.reshape(-1)),
-        "packed_index": np.concatenate(paths),
-        "kv_index": np.concatenate(kv_paths),
-        "cu_seqlens_q": cu_q.astype(np.int32),
-        "cu_seqlens_k": np.cumsum([0, *map(len, kv_paths)]).astype(np.int32),
-        "parents": np.array(parents, np.int64),
-    }
-
-
-def _segments(
-    cu_q: np.ndarray, branches: list[tuple[int, int, int]], paths: list[np.ndarray]
-) -> tuple[list[int], list[np.ndarray]]:
-    """Parent and root-to-segment path of every segment, in packed order."""
-    parents: list[int] = []
-    kv_paths: list[np.ndarray] = []
-    for row, shared, offset in branches:
-        path = paths[row]
-        first = int(np.searchsorted(cu_q, offset))
-        last = int(np.searchsorted(cu_q, offset + len(path) - shared))
-        for segment in range(first, last):
-            if segment > first:
-                parents.append(segment - 1)
-            elif shared:
-                parents.append(int(np.searchsorted(cu_q, path[shared - 1], side="right")) - 1)
-            else:
-                parents.append(-1)
-            kv_paths.append(path[: shared + int(cu_q[segment + 1]) - offset])
-    return parents, kv_paths

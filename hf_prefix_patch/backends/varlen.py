@@ -29,7 +29,7 @@ from hf_prefix_patch.backends.base import (
     to_autocast_dtype,
     varying,
 )
-from hf_prefix_patch.tree import PrefixTree
+from hf_prefix_patch.tree import PrefixTree, to_device
 
 # Before torch 2.12 there is no such argument, and grouped queries are taken as they are.
 _HAS_ENABLE_GQA = torch.__version__ >= "2.12"
@@ -219,8 +219,8 @@ def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
     lengths = torch.zeros_like(ends).index_add_(0, chain, key_stops - key_starts)
     cu_seqlens = [F.pad(x, (1, 0)).to(torch.int32) for x in (ends, lengths.cumsum(0))]
     chains = {
-        "cu_seqlens_q": varying(cu_seqlens[0].to(needs.device)),
-        "cu_seqlens_k": varying(cu_seqlens[1].to(needs.device)),
+        "cu_seqlens_q": varying(to_device(cu_seqlens[0], needs.device)),
+        "cu_seqlens_k": varying(to_device(cu_seqlens[1], needs.device)),
         "max_seqlen_q": int((stops - starts).max()),
         "max_seqlen_k": int(lengths.max()),
         "num_keys": int(lengths.sum()),

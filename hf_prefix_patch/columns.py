@@ -1,0 +1,91 @@
+"""The columns of tokenised examples, and the rows that they stand for.
+
+Knows the names that TRL's data sets have used, and nothing of models or batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+TruncationMode = Literal["keep_start", "keep_end"]
+
+_PREFERENCES = ("chosen", "rejected")
+
+
+class Row(NamedTuple):
+    """One row of an example.
+
+    Attributes:
+        ids: `[L]` int64, prompt and completion.
+        prompt_length: tokens of `ids` that belong to the prompt.
+    """
+
+    ids: np.ndarray
+    prompt_length: int
+
+
+def rows_of(
+    example: Mapping[str, Any],
+    max_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
+) -> list[Row]:
+    """Rows of a tokenised example, cut to `max_length` tokens each.
+
+    Args:
+        example: `prompt_ids`, `chosen_ids` and `rejected_ids` (two rows), the last two without a
+            prompt (two rows that are completion throughout), `prompt_ids` and `completion_ids` (one
+            row) or `input_ids` (one). Names that end in `_input_ids` mean the same.
+        max_length: longest row; None for any length.
+        truncation_mode: the end of a row that stays.
+
+    Raises:
+        KeyError: none of these columns is there.
+    """
+    names = _completions(example)
+    prompt = _ids(example, "prompt") if names != ("input_ids",) else None
+    start = np.empty(0, np.int64) if prompt is None else prompt
+    rows = []
+    for name in names:
+        ids = np.concatenate([start, _as_ids(example[name])])
+        cut = 0 if max_length is None else max(0, len(ids) - max_length)
+        if truncation_mode == "keep_start":
+            rows.append(Row(ids[: len(ids) - cut], min(len(start), len(ids) - cut)))
+        else:
+            rows.append(Row(ids[cut:], max(0, len(start) - cut)))
+    return rows
+
+
+def check_truncation_mode(mode: str) -> None:
+    """Raise a ValueError for an unknown mode."""
+    if mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"truncation_mode is {mode!r}, but must be 'keep_start' or 'keep_end'")
+
+
+def _completions(example: Mapping[str, Any]) -> tuple[str, ...]:
+    """Columns whose tokens end a row, one for each row."""
+    for suffix in ("_ids", "_input_ids"):
+        names = tuple(name + suffix for name in _PREFERENCES)
+        if all(name in example for name in names):
+            return names
+        if "completion" + suffix in example:
+            return ("completion" + suffix,)
+    if "input_ids" in example:
+        return ("input_ids",)
+    raise KeyError(
+        f"an example has the columns {sorted(example)}, but needs chosen_ids and rejected_ids (and "
+        "prompt_ids), or completion_ids, or input_ids; tokenise the data first, for example with "
+        "hf_prefix_patch.tokenize_preferences"
+    )
+
+
+def _ids(example: Mapping[str, Any], name: str) -> np.ndarray | None:
+    columns: Iterable[str] = (name + "_ids", name + "_input_ids")
+    found = next((column for column in columns if column in example), None)
+    return None if found is None else _as_ids(example[found])
+
+
+def _as_ids(x: Any) -> np.ndarray:
+    return np.asarray(x, dtype=np.int64)
