@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from math import exp, log
 from pathlib import Path
 from statistics import NormalDist
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from hf_prefix_patch.tokenization import tokenize_preferences
 
 MODES = ("padded", "packed", "in pairs", "across")
 RESERVED = 256
@@ -107,21 +109,21 @@ def read_pairs(
 ) -> list[Pair]:
     """Pairs of a JSONL file with prompt, chosen and rejected: strings, or lists of messages.
 
-    Tokenised as TRL's `DPOTrainer` does, which leaves out pairs whose prompt fills `max_length`.
+    Pairs whose prompt fills `max_length` are left out, as in TRL's `DPOTrainer`.
 
     Raises:
         ValueError: fewer than `count` pairs are left.
     """
-    examples = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    with path.open(encoding="utf-8") as file:
+        examples = [json.loads(line) for line in file if line.strip()]
     if shuffle:
         random.Random(seed).shuffle(examples)
     pairs: list[Pair] = []
-    for example in examples:
-        if len(pairs) == count:
-            break
-        pair = _tokenise(example, tokenizer)
-        if len(pair.prompt) < max_length:
-            pairs.append(pair)
+    remaining = iter(examples)
+    # No more than are needed: files are long, and `count` is often small.
+    while some := list(islice(remaining, count - len(pairs))):
+        tokenized = tokenize_preferences(some, tokenizer, max_length=max_length, progress=False)
+        pairs += [Pair(x["prompt_ids"], x["chosen_ids"], x["rejected_ids"]) for x in tokenized]
     if len(pairs) < count:
         raise ValueError(
             f"{path} has {len(pairs)} pairs with a prompt below {max_length} tokens, but {count} "
@@ -156,23 +158,3 @@ def distinct_prefixes(rows: Sequence[list[int]]) -> int:
         for token in row:
             number = prefixes.setdefault((number, token), len(prefixes) + 1)
     return len(prefixes)
-
-
-def _tokenise(example: dict[str, Any], tokenizer: Any) -> Pair:
-    """The answers begin where the tokens of the whole text part from those of the prompt."""
-    prompt, *answers = (example[key] for key in ("prompt", "chosen", "rejected"))
-    if isinstance(prompt, str):
-        end = tokenizer.eos_token
-        start = tokenizer(prompt)["input_ids"]
-        whole = [tokenizer(prompt + x.removesuffix(end) + end)["input_ids"] for x in answers]
-    else:
-        apply = tokenizer.apply_chat_template
-        start = apply(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        whole = [apply(prompt + x, return_dict=True)["input_ids"] for x in answers]
-    common = min(_common_prefix(start, ids) for ids in whole)
-    return Pair(start[:common], *(ids[common:] for ids in whole))
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    shortest = min(len(a), len(b))
-    return next((i for i in range(shortest) if a[i] != b[i]), shortest)

@@ -1,0 +1,272 @@
+"""Token ids of preference pairs, from strings or messages, as TRL's `DPOTrainer` makes them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from hf_prefix_patch.columns import TruncationMode, check_truncation_mode
+from hf_prefix_patch.preferences import CUT, IDS, encode
+
+logger = logging.getLogger(__name__)
+
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_JSONL = (".jsonl", ".ndjson", ".json")
+_TOGETHER = 32  # examples in one call of the tokenizer; a fast one spreads its texts over the cores
+_DESCRIPTION = "Tokenising preferences"
+
+
+def tokenize_preferences(
+    data: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
+    num_proc: int | None = None,
+    progress: bool = True,
+) -> Any:
+    """Token ids of preference pairs, equal to those in the data set of TRL 1.16's `DPOTrainer`.
+
+    An example has `prompt`, `chosen` and `rejected`, all strings or all lists of messages, and
+    beside messages perhaps `tools` (a list, or JSON of one) and `chat_template_kwargs`. Without
+    `prompt`, or where it is None, chosen and rejected begin with it: it is their common start.
+    Strings get an EOS token at the end. The answers begin where the tokens of the prompt alone and
+    those of prompt and answer part; where that takes the end off a prompt, a warning says so.
+
+    No ids are cut to `max_length`: give it to the collator too, which cuts whole rows. With
+    "keep_start" that leaves no token of an answer whose prompt alone fills `max_length`, so such
+    examples are left out here, and a line of the log says how many.
+
+    Args:
+        data: path of a JSONL file in UTF-8 or of a folder saved by `datasets` (of several splits,
+            "train"); a `datasets.Dataset`; or an iterable of examples.
+        tokenizer: a tokenizer of transformers, with a chat template for messages or an EOS token
+            for strings.
+        max_length: longest row, prompt and answer, in tokens; None for any length.
+        truncation_mode: the end of a row that the collator keeps.
+        num_proc: processes, for a `Dataset` or a folder only. Without them a fast tokenizer still
+            uses all cores.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A `Dataset` for a `Dataset`: the columns it had, and `prompt_ids`, `chosen_ids` and
+        `rejected_ids`. Otherwise a list of dicts with these lists of int, and with
+        `ref_chosen_logps` and `ref_rejected_logps` where an example has them.
+
+    Raises:
+        FileNotFoundError: no such path, or a folder that `datasets` did not save.
+        ModuleNotFoundError: a folder, but `datasets` is not installed.
+        TypeError: `data` is a mapping, or an example is none.
+        ValueError: an option out of range; a file that is not JSONL, or a line of it not JSON; no
+            example, or one that lacks chosen or rejected, mixes strings and messages, or has no
+            prompt message or no token in an answer; a tokenizer without what it must have.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = {"<eos>": 0, "two": 1, "and": 2, "is": 3, "four": 4, "five": 5}
+        >>> backend = Tokenizer(models.WordLevel(words))
+        >>> backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+        >>> pair = {"prompt": "two and two is ", "chosen": "four", "rejected": "five"}
+        >>> tokenize_preferences([pair], tokenizer, progress=False)
+        [{'prompt_ids': [1, 2, 1, 3], 'chosen_ids': [4, 0], 'rejected_ids': [5, 0]}]
+    """
+    check_truncation_mode(truncation_mode)
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is {max_length}, but must be 1 or more, or None for no limit")
+    limit = max_length if truncation_mode == "keep_start" else None
+    path = Path(data) if isinstance(data, str | os.PathLike) else None
+    saved = _saved(path) if path is not None and path.is_dir() else None
+    if saved is not None or _is_dataset(data):
+        pairs, cuts = _map(data if saved is None else saved, tokenizer, limit, num_proc, progress)
+    elif num_proc is not None:
+        raise ValueError(
+            f"num_proc is {num_proc}, but only a datasets.Dataset or a folder of one is tokenised "
+            "in processes; leave num_proc out, or give datasets.Dataset.from_list(examples)"
+        )
+    else:
+        items, total = _numbered(data) if path is None else _read(path)
+        pairs, cuts = _loop(items, total, tokenizer, limit, progress)
+    if not cuts:
+        raise ValueError(f"{path or 'data'} holds no example, but must hold at least one")
+    _report(cuts, len(cuts) - len(pairs), limit)
+    if saved is None:
+        return pairs
+    names = [name for name in (*IDS, *_REFERENCE) if name in pairs.column_names]
+    return pairs.select_columns(names).to_list()
+
+
+def _is_dataset(data: Any) -> bool:
+    """Whether it is a `datasets.Dataset`; never imports `datasets` itself."""
+    module = sys.modules.get("datasets")
+    return module is not None and isinstance(data, module.Dataset)
+
+
+def _saved(folder: Path) -> Any:
+    """The `Dataset` that `datasets` saved in a folder, or its train split."""
+    if find_spec("datasets") is None:
+        raise ModuleNotFoundError(
+            f"{folder} is a folder, which takes datasets to read, but that is not installed; run "
+            "`pip install datasets`, or give a JSONL file"
+        )
+    from datasets import DatasetDict, load_from_disk  # type: ignore[import-untyped]
+
+    saved = load_from_disk(folder)
+    if not isinstance(saved, DatasetDict):
+        return saved
+    if "train" not in saved:
+        raise ValueError(
+            f"{folder} has the splits {sorted(saved)}, but of several splits 'train' is read; give "
+            f"the folder of one, such as {folder / min(saved)}"
+        )
+    return saved["train"]
+
+
+def _read(path: Path) -> tuple[Iterable[tuple[str, Any]], int]:
+    """Examples of a JSONL file, each with where it is, and their number."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give a JSONL file, a folder saved by datasets, or examples "
+            "themselves (datasets.load_dataset returns those of a name on the hub)"
+        )
+    if path.suffix.lower() not in _JSONL:
+        raise ValueError(
+            f"{path} is not JSONL by its name, but only JSONL ({', '.join(_JSONL)}) and folders "
+            "saved by datasets are read; load it with datasets.load_dataset and give the result"
+        )
+    items = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                items.append((where, json.loads(line)))  # bytes may begin with a byte order mark
+            except ValueError as error:
+                raise ValueError(
+                    f"{where} is not JSON in UTF-8, or was written in part ({error}), but a line "
+                    "must be one JSON object; repair or remove it"
+                ) from None
+    return items, len(items)
+
+
+def _numbered(data: Any) -> tuple[Iterable[tuple[str, Any]], int | None]:
+    """The same for an iterable, whose number may be unknown."""
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"data is a {type(data).__name__} with the keys {sorted(data)}, but must be a path, a "
+            "Dataset or an iterable of examples; of a DatasetDict give one split"
+        )
+    total = len(data) if isinstance(data, Sized) else None
+    return ((f"example {i}", example) for i, example in enumerate(data)), total
+
+
+def _loop(
+    items: Iterable[tuple[str, Any]],
+    total: int | None,
+    tokenizer: Any,
+    limit: int | None,
+    progress: bool,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Records of the examples within the limit, and the cuts of all."""
+    records, cuts = [], []
+    remaining = iter(items)
+    with tqdm(total=total, desc=_DESCRIPTION, unit=" examples", disable=not progress) as bar:
+        while batch := list(islice(remaining, _TOGETHER)):
+            for (_, example), record in zip(batch, encode(batch, tokenizer), strict=True):
+                cuts.append(record.pop(CUT))
+                if limit is None or len(record["prompt_ids"]) < limit:
+                    record |= {name: example[name] for name in _REFERENCE if name in example}
+                    records.append(record)
+            bar.update(len(batch))
+    return records, cuts
+
+
+def _map(
+    dataset: Any, tokenizer: Any, limit: int | None, num_proc: int | None, progress: bool
+) -> tuple[Any, list[str]]:
+    """The same for a `Dataset`, all columns kept."""
+    from datasets import List, Value
+
+    if not len(dataset):
+        return dataset, []
+    features = dataset.features.copy()  # given, as none can be inferred from a run of empty prompts
+    features.update({name: List(Value("int64")) for name in IDS} | {CUT: Value("string")})
+    with _bars(progress):
+        pairs = dataset.map(
+            _encode_columns,
+            with_indices=True,
+            batched=True,
+            batch_size=_TOGETHER,
+            fn_kwargs={"tokenizer": tokenizer},
+            features=features,
+            num_proc=num_proc,
+            desc=_DESCRIPTION,
+        )
+        # A column, since a worker's warnings, and those of a cached call, would not be seen.
+        cuts = list(pairs[CUT])
+        pairs = pairs.remove_columns(CUT)
+        if limit is not None:
+            pairs = pairs.filter(
+                lambda ids: len(ids) < limit,
+                input_columns="prompt_ids",
+                num_proc=num_proc,
+                desc="Leaving out prompts that fill max_length",
+            )
+    return pairs, cuts
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """The progress bars of `datasets` as they are, or hidden."""
+    import datasets
+
+    hide = not shown and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
+
+
+def _encode_columns(
+    batch: Mapping[str, list[Any]], indices: list[int], tokenizer: Any
+) -> dict[str, list[Any]]:
+    examples = [{name: values[i] for name, values in batch.items()} for i in range(len(indices))]
+    items = [(f"example {i}", example) for i, example in zip(indices, examples, strict=True)]
+    records = encode(items, tokenizer)
+    return {name: [record[name] for record in records] for name in (*IDS, CUT)}
+
+
+def _report(cuts: Sequence[str], left_out: int, limit: int | None) -> None:
+    ends = [cut for cut in cuts if cut]
+    if ends:
+        # A warning, as there is something to mend; leaving out is what max_length asked for.
+        warnings.warn(
+            f"in {len(ends)} of {len(cuts)} examples the prompt alone ends in other tokens than "
+            f"before an answer; that end ({ends[0]} in the first) is left out, so the model trains "
+            "on another prompt than it is later given; use a chat template that renders prompts "
+            "the same in both places, or end prompts between tokens",
+            stacklevel=3,
+        )
+    if left_out:
+        logger.warning(
+            "%d of %d examples left out, as their prompt alone fills max_length=%d tokens",
+            left_out,
+            len(cuts),
+            limit,
+        )
