@@ -1,26 +1,38 @@
 """Prefix sharing for preference fine-tuning of Hugging Face models.
 
-enable_prefix_sharing     patch a model or a trainer, in place
-disable_prefix_sharing    undo it without the handle
-PrefixSharing             the handle: .remove(), .stats, .backend
-PrefixTree                the plan of one batch: pack, unpack, descriptors
-SharingStats              what handle.stats is
+enable_prefix_sharing          patch a model or a trainer, in place
+disable_prefix_sharing         undo it without the handle
+PrefixSharing                  the handle: .remove(), .stats, .backend
+SharingStats                   what handle.stats is
+tokenize_preferences           preference pairs as token ids
+PrefixSharingBatchSampler      batches by token budget, pairs that share text together
+DataCollatorWithPrefixSharing  batches that bring their plan, as rows or packed
+completion_logps               log-probs of completions, without prompt logits
+PrefixTree                     the plan of one batch: pack, unpack, descriptors
 """
 
+from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
+from hf_prefix_patch.logps import completion_logps
 from hf_prefix_patch.patch import (
     PrefixSharing,
     disable_prefix_sharing,
     enable_prefix_sharing,
 )
+from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.stats import SharingStats
+from hf_prefix_patch.tokenization import tokenize_preferences
 from hf_prefix_patch.tree import PrefixTree
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DataCollatorWithPrefixSharing",
     "PrefixSharing",
+    "PrefixSharingBatchSampler",
     "PrefixTree",
     "SharingStats",
+    "completion_logps",
     "disable_prefix_sharing",
     "enable_prefix_sharing",
+    "tokenize_preferences",
 ]

@@ -23,7 +23,9 @@ NAME = "prefix_sharing"
 """The name in transformers' attention registry."""
 
 EMPTY_MASK = (1, 1, 0, 0)
-"""Shape of the mask in the packed call."""
+"""Shape of the attention mask of a packed row. transformers hands a 4-D mask on as it is; shared
+attention reads none, and any other attention fails on one of no size, where it would leak between
+branches."""
 
 BACKENDS = {backend.name: backend for backend in (FLASH, TORCH_VARLEN, SDPA, FLEX)}
 """All backends; `"auto"` takes the first that serves, and flex only by name."""

@@ -1,5 +1,7 @@
 """The two hooks on a decoder stack: rows in, packed row through the layers, rows out.
 
+A call that is given a packed row runs on it as it is and gets a packed row back.
+
 The hooks are plain functions that find their state on the module they are called with, so that a
 deep copy of a model runs its own weights. What a call needs travels in its keyword arguments:
 checkpointed layers run again in backward, when any state outside the call has moved on.
@@ -19,10 +21,17 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import EMPTY_MASK, NAME
 from hf_prefix_patch.backends.base import Needs
-from hf_prefix_patch.plans import NOTHING_TO_GAIN, forget, plan_rows
+from hf_prefix_patch.packed import is_packed, take_packed
+from hf_prefix_patch.planned import plan_of
+from hf_prefix_patch.plans import NOTHING_TO_GAIN, ROW_INPUTS, Plan, forget, recall_plan
 from hf_prefix_patch.selection import Selection, needs_of, select, structure_of
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.support import CACHE_BY_DEFAULT, bypass_reason, layer_slides
+from hf_prefix_patch.support import (
+    CACHE_BY_DEFAULT,
+    bypass_reason,
+    layer_slides,
+    rope_depends_on_length,
+)
 from hf_prefix_patch.tree import PrefixTree
 
 OnBypass = Literal["warn", "ignore", "raise"]
@@ -125,33 +134,41 @@ def pack_rows(
     inputs = dict(kwargs)
     if args:
         inputs |= zip(inspect.signature(backbone.forward).parameters, args, strict=False)
-    reason, plan = bypass_reason(backbone, inputs), None
-    if reason is None:
-        plan = plan_rows(backbone, inputs)
-        reason = plan.reason
-    tree = None if plan is None else plan.tree
+    packed = is_packed(inputs)
+    if packed:
+        plan, inputs = take_packed(backbone, inputs)
+    else:
+        plan = _plan_rows(backbone, inputs)
     training = backbone.training and torch.is_grad_enabled()
     if training:
-        patch.watch(tree)
-    if reason is not None:
-        patch.bypass(reason, training=training)
+        patch.watch(plan.tree)
+    if plan.reason is not None and not packed:
+        patch.bypass(plan.reason, training=training)
         return None
-    assert plan is not None
-    assert tree is not None
     chosen = patch.selection(backbone)
-    patch.stats.add(tree)
     ids = inputs["input_ids"]
+    tree = plan.on(ids.device)
+    patch.stats.add(tree)
     inputs |= tree.model_kwargs() | plan.backend_kwargs(chosen.backend, chosen.needs)
     inputs |= {
-        "input_ids": tree.pack(ids),
-        # transformers hands a 4-D mask on as it is. Shared attention reads none; any other
-        # attention that meets one of no size fails, where it would leak between branches.
+        "input_ids": ids if packed else tree.pack(ids),
         "attention_mask": torch.zeros(EMPTY_MASK, dtype=backbone.dtype, device=ids.device),
         "use_cache": False,
         "tree_backend": chosen.backend,
-        "tree_rows": tree,
+        "tree_rows": None if packed else tree,
     }
     return (), inputs
+
+
+def _plan_rows(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Plan:
+    """The plan that the rows of a call carry, or else one made for them."""
+    reason = bypass_reason(backbone, inputs)
+    if reason is not None:
+        return Plan(None, reason)
+    plan = plan_of(inputs) or recall_plan([inputs.get(name) for name in ROW_INPUTS])
+    if plan.reason is None and rope_depends_on_length(backbone.config) and plan.padded_beyond:
+        return Plan(None, "rotary frequencies that depend on padding")
+    return plan
 
 
 @_untraced

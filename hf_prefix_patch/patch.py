@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import reduce
 from operator import add
 from types import TracebackType
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
+from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.selection import Selection
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.support import check_model, check_peft
-from hf_prefix_patch.trainer import MetricsLog, autocast_of, check_trainer, is_trainer, models_of
+from hf_prefix_patch.support import check_model
+from hf_prefix_patch.trainer import (
+    TrainerPatch,
+    autocast_of,
+    check_trainer,
+    is_trainer,
+    models_of,
+    trainer_patch_of,
+)
 from hf_prefix_patch.verify import verify_sharing
+from hf_prefix_patch.wrappers import backbone_of, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +41,7 @@ class PrefixSharing:
     def __init__(self, backbones: list[PreTrainedModel]) -> None:
         self._backbones = backbones
         self._patches = [patch for patch in map(patch_of, backbones) if patch is not None]
-        self._metrics: MetricsLog | None = None
+        self._trainer_patch: TrainerPatch | None = None
 
     @property
     def stats(self) -> SharingStats:
@@ -51,13 +60,19 @@ class PrefixSharing:
         """By name, why each other backend is not the one in use."""
         return dict(self._selection().passed_over)
 
+    @property
+    def sampler(self) -> PrefixSharingBatchSampler | None:
+        """What makes the trainer's batches, with `max_tokens_per_batch`."""
+        budget = None if self._trainer_patch is None else self._trainer_patch.budget
+        return None if budget is None else budget.sampler
+
     def _selection(self) -> Selection:
         return self._patches[0].selection(self._backbones[0])
 
     def remove(self) -> None:
         """Undo the patch; nothing of it is left. Removing twice is fine."""
-        if self._metrics is not None:
-            self._metrics.remove()
+        if self._trainer_patch is not None:
+            self._trainer_patch.remove()
         for backbone in self._backbones:
             patch = patch_of(backbone)
             if patch is not None and patch in self._patches:
@@ -87,6 +102,8 @@ def enable_prefix_sharing(
     verify: bool = True,
     on_bypass: OnBypass = "warn",
     log_metrics: bool = False,
+    max_tokens_per_batch: int | None = None,
+    sampler_options: Mapping[str, Any] | None = None,
 ) -> PrefixSharing:
     """Make a model compute what the rows of a batch share once.
 
@@ -96,7 +113,8 @@ def enable_prefix_sharing(
 
     Args:
         target: a `PreTrainedModel`, a PEFT, DDP, FSDP or compiled wrapper of one, or a
-            `transformers.Trainer` (any TRL trainer): then its model and its `ref_model`.
+            `transformers.Trainer` (any TRL trainer): then its model and its `ref_model`, and its
+            data collator plans the batches that it makes.
         backend: `"auto"`, which picks at every call by device, dtype and what the model's
             attention needs, or the name of one: `"torch_varlen"`, `"flash"`, `"sdpa"`, `"flex"`.
         verify: run a small random batch shared and unshared and compare (for a trainer, under its
@@ -108,13 +126,21 @@ def enable_prefix_sharing(
             nothing to gain are counted only.
         log_metrics: trainers only: add `prefix_sharing/sharing_ratio` and
             `prefix_sharing/packed_tokens` to what the trainer logs.
+        max_tokens_per_batch: trainers only: training batches of at most so many unique tokens on
+            each device, the tokens that the decoder runs on, in which pairs that share text come
+            together; takes the place of `per_device_train_batch_size`. Every pair has the same
+            weight in the gradient, as with fixed batches of the mean size.
+        sampler_options: further arguments of `PrefixSharingBatchSampler` for that, such as
+            `longest_first`, `max_pairs_per_prompt` or `oversized`.
 
     Returns:
-        The handle: a context manager with `.remove()`, `.stats`, `.backend` and `.passed_over`.
+        The handle: a context manager with `.remove()`, `.stats`, `.backend`, `.passed_over` and
+        `.sampler`.
 
     Raises:
         TypeError: `target` holds no `PreTrainedModel`.
-        ValueError: an unknown backend or option, or `log_metrics` without a trainer.
+        ValueError: an unknown backend or option, an option for trainers without one, or a pair
+            that exceeds `max_tokens_per_batch`.
         NotImplementedError: a model, an adapter or a trainer option that cannot be shared exactly,
             or a named backend that cannot serve this model where it is.
         RuntimeError: the verification found a difference, or the backend's kernel computes wrong
@@ -137,17 +163,18 @@ def enable_prefix_sharing(
         raise ValueError(f"backend is {backend!r}, but must be 'auto' or one of {names}")
     if on_bypass not in get_args(OnBypass):
         raise ValueError(f"on_bypass is {on_bypass!r}, but must be one of {get_args(OnBypass)}")
-    if log_metrics and not is_trainer(target):
-        raise ValueError(
-            f"log_metrics=True needs a trainer, but target is a {type(target).__name__}; pass the "
-            "trainer, or read handle.stats yourself"
-        )
-    models = list({id(model): model for model in map(_unwrap, _models(target))}.values())
+    _check_trainer_options(
+        target,
+        log_metrics=log_metrics,
+        max_tokens_per_batch=max_tokens_per_batch,
+        sampler_options=sampler_options,
+    )
+    models = list({id(model): model for model in map(unwrap, _models(target))}.values())
     for model in models:
         check_model(model)
     if is_trainer(target):
         check_trainer(target)
-    backbones = [_backbone(model) for model in models]
+    backbones = [backbone_of(model) for model in models]
     fresh = [backbone for backbone in backbones if patch_of(backbone) is None]
     patched = [patch for patch in map(patch_of, backbones) if patch is not None]
     before = [(patch, patch.backend, patch.on_bypass) for patch in patched]
@@ -161,17 +188,29 @@ def enable_prefix_sharing(
                     verify_sharing(backbone)
             name = type(backbone).__name__
             logger.info("prefix sharing enabled on %s, backend %s", name, chosen)
+        handle = PrefixSharing(backbones)
+        if is_trainer(target):
+            handle._trainer_patch = TrainerPatch(
+                target, handle, log_metrics, max_tokens_per_batch, sampler_options or {}
+            )
     except BaseException:
         PrefixSharing(fresh).remove()
         for patch, old_backend, old_on_bypass in before:
             patch.backend, patch.on_bypass = old_backend, old_on_bypass
         raise
-    handle = PrefixSharing(backbones)
-    if is_trainer(target):
-        MetricsLog.remove_from(target)
-    if log_metrics:
-        handle._metrics = MetricsLog(target, handle)
     return handle
+
+
+def _check_trainer_options(target: Any, **options: Any) -> None:
+    given = [name for name, value in options.items() if value]
+    if given and not is_trainer(target):
+        raise ValueError(
+            f"{given[0]}={options[given[0]]!r} needs a trainer, but target is a "
+            f"{type(target).__name__}; pass the trainer, or use handle.stats and "
+            "PrefixSharingBatchSampler yourself"
+        )
+    if given == ["sampler_options"]:
+        raise ValueError("sampler_options are for max_tokens_per_batch; give that too")
 
 
 def disable_prefix_sharing(target: Any) -> None:
@@ -184,39 +223,14 @@ def disable_prefix_sharing(target: Any) -> None:
         TypeError: `target` holds no `PreTrainedModel`.
     """
     for model in _models(target):
-        backbone = _backbone(_unwrap(model, check=False))
+        backbone = backbone_of(unwrap(model, check=False))
         patch = patch_of(backbone)
         if patch is not None:
             patch.remove(backbone)
-    if is_trainer(target):
-        MetricsLog.remove_from(target)
+    trainer_patch = trainer_patch_of(target) if is_trainer(target) else None
+    if trainer_patch is not None:
+        trainer_patch.remove()
 
 
 def _models(target: Any) -> list[Any]:
     return models_of(target) if is_trainer(target) else [target]
-
-
-def _unwrap(target: Any, check: bool = True) -> PreTrainedModel:
-    """The `PreTrainedModel` inside PEFT, DDP, FSDP, DeepSpeed and compiled wrappers."""
-    inner = target
-    while not isinstance(inner, PreTrainedModel):
-        if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-            if check:
-                check_peft(inner)
-            inner = inner.get_base_model()
-            continue
-        wrapped = [getattr(inner, name, None) for name in ("_orig_mod", "module")]
-        inner = next((x for x in wrapped if isinstance(x, nn.Module)), None)
-        if inner is None:
-            raise TypeError(
-                f"target is a {type(target).__name__}, but a transformers PreTrainedModel, a "
-                "wrapper of one (PEFT, DDP, FSDP, torch.compile) or a Trainer is needed; load a "
-                "model that is given as a string first"
-            )
-    return inner
-
-
-def _backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder stack: what every trainer and head calls, whatever they do to the model."""
-    stack = model.base_model
-    return cast(PreTrainedModel, getattr(stack, "_orig_mod", stack))  # compiled: what is inside

@@ -1,28 +1,64 @@
-"""The plan of a call's rows, and the last one, kept for the reference forward of the same batch."""
+"""The plan of a batch, and the last one, kept for the reference forward of the same batch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from hf_prefix_patch.backends.base import Backend, Needs
-from hf_prefix_patch.support import rope_depends_on_length
-from hf_prefix_patch.tree import PrefixTree, has_holes, host_rows
+from hf_prefix_patch.tree import ArrayLike, PrefixTree, has_holes, host_rows
 
 NOTHING_TO_GAIN = "nothing to gain"
+ROW_INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""The arguments of a call that its plan depends on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """The tree of a batch, or why there is none to use."""
+    """The tree of a batch, or why there is none to use.
+
+    Attributes:
+        tree: on the host.
+        reason: why the rows must run as they are; None if they can be packed.
+        padded_beyond: whether a padded cell has a larger position than every token.
+    """
 
     tree: PrefixTree | None
     reason: str | None
+    padded_beyond: bool = False
+    _moved: dict[torch.device, PrefixTree] = field(default_factory=dict)
     _of_backends: dict[tuple[Backend, Needs], dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of_rows(
+        cls,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+    ) -> Plan:
+        """Plan the `[R, L]` rows of a call; shapes as in `PrefixTree.from_rows`."""
+        ids, mask, positions = host_rows(input_ids, attention_mask, position_ids)
+        if has_holes(mask):
+            return cls(None, "attention mask with holes")
+        if not mask.any():
+            return cls(None, "no real token")
+        if positions[mask].min() < 0:
+            return cls(None, "negative position_ids")
+        tree = PrefixTree.from_host_rows(ids, mask, positions)
+        gains = tree.packed_tokens < tree.padded_tokens
+        beyond = bool(positions.max() > positions[mask].max())
+        return cls(tree, None if gains else NOTHING_TO_GAIN, beyond)
+
+    def on(self, device: torch.device) -> PrefixTree:
+        """The tree on the device of a call; moved once."""
+        assert self.tree is not None
+        if device not in self._moved:
+            self._moved[device] = self.tree.to(device)
+        return self._moved[device]
 
     def backend_kwargs(self, backend: Backend, needs: Needs) -> dict[str, Any]:
         """What the backend plans for this tree, once."""
@@ -34,24 +70,18 @@ class Plan:
         return self._of_backends[key]
 
 
-def plan_rows(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Plan:
-    """Plan the rows of a call, or take the last plan if it was made for equal rows."""
+def recall_plan(rows: Sequence[Tensor | None]) -> Plan:
+    """The last plan if it was made for equal rows, else a new one; `rows` as in `ROW_INPUTS`."""
     global _last
-    rows = [inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")]
     last = _last  # read once: another thread may be planning for another model
     if last is None or not all(map(_equal, last[0], rows)):
         with torch.inference_mode(False):  # the plan may serve a training call next
-            plan = _grow(inputs["input_ids"], *rows[1:])
+            assert rows[0] is not None
+            plan = Plan.of_rows(rows[0], *rows[1:])
             # Copies: a caller may write into its buffers by ways that leave no mark on them.
             last = [None if x is None else x.clone() for x in rows], plan
         _last = last
-    plan = last[1]
-    if plan.tree is not None and rope_depends_on_length(backbone.config):
-        positions = inputs.get("position_ids")
-        longest = plan.tree.row_length - 1 if positions is None else int(positions.max())
-        if longest != int(plan.tree.position_ids.max()):
-            return Plan(None, "rotary frequencies that depend on padding")
-    return plan
+    return last[1]
 
 
 def forget() -> None:
@@ -69,17 +99,3 @@ def _equal(kept: Tensor | None, given: Tensor | None) -> bool:
         return kept is given
     alike = (kept.shape, kept.dtype, kept.device) == (given.shape, given.dtype, given.device)
     return alike and torch.equal(kept, given)
-
-
-def _grow(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Plan:
-    host_ids, host_mask, host_positions = host_rows(ids, mask, positions)
-    if has_holes(host_mask):
-        return Plan(None, "attention mask with holes")
-    if not host_mask.any():
-        return Plan(None, "no real token")
-    if host_positions[host_mask].min() < 0:
-        return Plan(None, "negative position_ids")
-    tree = PrefixTree.from_rows(host_ids, host_mask, host_positions)
-    if tree.packed_tokens == tree.padded_tokens:
-        return Plan(None, NOTHING_TO_GAIN)
-    return Plan(tree.to(ids.device), None)

@@ -1,16 +1,22 @@
-"""The trainer form: which models a trainer holds, and sharing metrics in its log."""
+"""The trainer form: which models a trainer holds, and what changes in it beside them."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_prefix_patch.budget import TokenBudget
+from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
+
 if TYPE_CHECKING:
     from hf_prefix_patch.patch import PrefixSharing
+
+_STATE = "_prefix_sharing"
 
 
 def is_trainer(target: Any) -> bool:
@@ -55,8 +61,70 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
+class TrainerPatch:
+    """What sharing changes in a trainer beside its models; undone by `remove`.
+
+    - `data_collator` makes batches that carry their plan.
+    - With `log_metrics`, sharing metrics join what is logged.
+    - With `max_tokens`, training batches are made by token budget.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        handle: PrefixSharing,
+        log_metrics: bool,
+        max_tokens: int | None,
+        sampler_options: Mapping[str, Any],
+    ) -> None:
+        before = trainer_patch_of(trainer)
+        if before is not None:
+            before.remove()
+        self._trainer = trainer
+        self.budget: TokenBudget | None = None
+        try:
+            if max_tokens is not None:
+                self.budget = TokenBudget(trainer, max_tokens, sampler_options)
+        except BaseException:
+            if before is not None:
+                before.apply()
+            raise
+        self._new = {"data_collator": DataCollatorWithPrefixSharing.wrap(trainer.data_collator)}
+        if log_metrics:
+            self._new["log"] = MetricsLog(trainer, handle)
+        if self.budget is not None:
+            self._new |= self.budget.overrides
+        self.apply()
+
+    def apply(self) -> None:
+        attributes = self._trainer.__dict__
+        self._old = {name: attributes[name] for name in self._new if name in attributes}
+        attributes |= self._new
+        if self.budget is not None:
+            self._trainer.add_callback(self.budget.callback)
+        attributes[_STATE] = self
+
+    def remove(self) -> None:
+        """Put everything back; removing twice is fine."""
+        attributes = self._trainer.__dict__
+        if attributes.get(_STATE) is not self:
+            return
+        for name in self._new:
+            del attributes[name]
+        attributes |= self._old
+        if self.budget is not None:
+            self._trainer.remove_callback(self.budget.callback)
+        del attributes[_STATE]
+
+
+def trainer_patch_of(trainer: Any) -> TrainerPatch | None:
+    """The patch that a trainer carries, if any."""
+    patch: TrainerPatch | None = trainer.__dict__.get(_STATE)
+    return patch
+
+
 class MetricsLog:
-    """Adds sharing metrics to everything a trainer logs, each over the calls since the last log.
+    """A trainer's `log` with sharing metrics, each over the calls since the last log.
 
     `prefix_sharing/sharing_ratio` is real row tokens per packed token,
     `prefix_sharing/packed_tokens` the tokens that the decoder ran on. In evaluation the names
@@ -64,11 +132,9 @@ class MetricsLog:
     """
 
     def __init__(self, trainer: Any, handle: PrefixSharing) -> None:
-        self.remove_from(trainer)
         self._trainer, self._handle = trainer, handle
         self._seen = (0, 0)
-        self._log, self._was_set = trainer.log, "log" in trainer.__dict__
-        trainer.log = self
+        self._log = trainer.log
 
     def __call__(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         stats = self._handle.stats
@@ -79,14 +145,3 @@ class MetricsLog:
             logs[f"{prefix}prefix_sharing/sharing_ratio"] = rows / packed
             logs[f"{prefix}prefix_sharing/packed_tokens"] = packed
         self._log(logs, *args, **kwargs)
-
-    def remove(self) -> None:
-        self.remove_from(self._trainer)
-
-    @staticmethod
-    def remove_from(trainer: Any) -> None:
-        ours = trainer.__dict__.get("log")
-        if isinstance(ours, MetricsLog):
-            del trainer.log
-            if ours._was_set:
-                trainer.log = ours._log

@@ -258,8 +258,8 @@ def test_threads():
 
 def test_the_plan_is_remembered_for_equal_rows_only(monkeypatch):
     grown = []
-    original = plans._grow
-    monkeypatch.setattr(plans, "_grow", lambda *rows: grown.append(1) or original(*rows))
+    original = plans.Plan.of_rows
+    monkeypatch.setattr(plans.Plan, "of_rows", lambda *rows: grown.append(1) or original(*rows))
     model, batch = tiny_model(), preference_batch()
     other = preference_batch(seed=1)
     with enable_prefix_sharing(model, verify=False) as sharing:

@@ -3,19 +3,22 @@
 from types import SimpleNamespace
 
 from hf_prefix_patch import SharingStats
-from hf_prefix_patch.trainer import MetricsLog
+from hf_prefix_patch.trainer import TrainerPatch
 
 
 def test_a_log_of_the_users_own_is_called_and_put_back():
     said = []
-    trainer = SimpleNamespace(log=said.append, model=SimpleNamespace(training=True))
+    trainer = SimpleNamespace(
+        log=said.append, model=SimpleNamespace(training=True), data_collator=list
+    )
     theirs, handle = trainer.log, SimpleNamespace(stats=SharingStats(6, 8, 4, 1))
-    metrics = MetricsLog(trainer, handle)
+    patch = TrainerPatch(trainer, handle, log_metrics=True, max_tokens=None, sampler_options={})
     trainer.log({"loss": 1.0})
     trainer.log({"loss": 0.5})  # no call since the last log
     assert said == [
         {"loss": 1.0, "prefix_sharing/sharing_ratio": 1.5, "prefix_sharing/packed_tokens": 4},
         {"loss": 0.5},
     ]
-    metrics.remove()
+    patch.remove()
     assert trainer.log is theirs
+    assert vars(trainer).keys() == {"log", "model", "data_collator"}

@@ -1,0 +1,139 @@
+"""Batches by token budget in a trainer: its data loader, and the weight of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from hf_prefix_patch.sampler import PrefixSharingBatchSampler
+
+DEFAULT_SAMPLING = "random"
+
+
+class TokenBudget:
+    """Training batches of at most so many unique tokens, in which every pair weighs the same.
+
+    A trainer averages the loss over the pairs of a batch, and gradients over batches. With batches
+    of different sizes a pair would weigh the more the fewer it is with. The loss of a batch of `n`
+    pairs is therefore multiplied by `n / m`, where `m` is the mean number of pairs in the batches
+    of an epoch: each pair has the weight `1 / m`, as with fixed batches of `m` pairs. Losses that
+    the trainer divides by the number of target tokens in a step are left as they are.
+
+    Args:
+        trainer: a `transformers.Trainer` with a tokenised `train_dataset`.
+        max_tokens: unique tokens in a batch.
+        options: further arguments of `PrefixSharingBatchSampler`.
+
+    Raises:
+        ValueError: an option of the trainer that chooses batches too; and as the sampler.
+        TypeError, KeyError: as the sampler.
+    """
+
+    def __init__(self, trainer: Any, max_tokens: int, options: Mapping[str, Any]) -> None:
+        _check_arguments(trainer)
+        args, collator = trainer.args, trainer.data_collator
+        ours = {
+            "max_length": getattr(collator, "max_length", None),
+            "truncation_mode": getattr(collator, "truncation_mode", "keep_start"),
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "num_replicas": trainer.accelerator.num_processes,
+            "progress": not args.disable_tqdm,
+        }
+        dataset = trainer.train_dataset
+        self.sampler = PrefixSharingBatchSampler(dataset, max_tokens, **(ours | dict(options)))
+        self.callback = _SetEpoch(self.sampler)
+        self._trainer = trainer
+        self._compute_loss = trainer.compute_loss
+        self._rows_name, self._rows_per_pair = _rows_of_one(collator, dataset)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Methods of the trainer that are replaced."""
+        return {
+            "get_train_dataloader": self.dataloader,
+            "compute_loss": self.compute_loss,
+            "get_total_train_batch_size": self.total_batch_size,
+        }
+
+    def dataloader(self) -> DataLoader[Any]:
+        """What `Trainer.get_train_dataloader` gives, over the batches of the sampler."""
+        trainer, args = self._trainer, self._trainer.args
+        dataset, collator = trainer.train_dataset, trainer.data_collator
+        if hasattr(dataset, "column_names"):
+            dataset = trainer._remove_unused_columns(dataset, description="training")
+        else:
+            collator = trainer._get_collator_with_removed_columns(collator, description="training")
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=self.sampler,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        prepared: DataLoader[Any] = trainer.accelerator.prepare(loader)
+        return prepared
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's loss, in training times the weight of the batch."""
+        result = self._compute_loss(model, inputs, *args, **kwargs)
+        by_tokens = kwargs.get("num_items_in_batch") is not None
+        if not self._trainer.model.training or by_tokens:
+            return result
+        pairs = inputs[self._rows_name].shape[0] / self._rows_per_pair
+        weight = pairs / self.sampler.pairs_per_batch
+        if isinstance(result, tuple):
+            return (result[0] * weight, *result[1:])
+        return result * weight
+
+    def total_batch_size(self, args: Any) -> int:
+        """Pairs in a step of all processes, in the mean; the trainer counts samples with it."""
+        steps: int = args.gradient_accumulation_steps * self._trainer.accelerator.num_processes
+        return round(self.sampler.pairs_per_batch * steps)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler the epoch, through whatever wraps it on several processes or in a resumed
+    run."""
+
+    def __init__(self, sampler: PrefixSharingBatchSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A finished epoch may be counted a rounding error short of a whole number.
+        self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def _check_arguments(trainer: Any) -> None:
+    args = trainer.args
+    sampling = getattr(args, "train_sampling_strategy", DEFAULT_SAMPLING)
+    if sampling != DEFAULT_SAMPLING or getattr(args, "group_by_length", False):
+        raise ValueError(
+            f"max_tokens_per_batch chooses the batches, and so does the trainer's "
+            f"train_sampling_strategy={sampling!r} or group_by_length; use one of them"
+        )
+    if trainer.accelerator.dispatch_batches or trainer.accelerator.split_batches:
+        raise ValueError(
+            "max_tokens_per_batch makes batches of different sizes, which accelerate's "
+            "dispatch_batches and split_batches cannot deal out; switch them off in "
+            "accelerator_config"
+        )
+    if trainer.train_dataset is None:
+        raise ValueError("max_tokens_per_batch needs a trainer with a train_dataset; give it one")
+
+
+def _rows_of_one(collator: Any, dataset: Any) -> tuple[str, int]:
+    """A tensor of rows in the trainer's batches, and how many of its rows one example makes."""
+    batch = collator([dataset[0]])
+    for name, x in batch.items():
+        if name.endswith("input_ids") and isinstance(x, Tensor) and x.ndim == 2:
+            return name, x.shape[0]
+    raise ValueError(
+        f"the trainer's collator makes batches of {sorted(batch)}, but max_tokens_per_batch needs "
+        "rows of input_ids to count the pairs of a batch; use a collator that yields rows"
+    )

@@ -1,0 +1,211 @@
+"""The collator: tokenised examples to a batch with its plan, made in the data loader's worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchEncoding
+
+from hf_prefix_patch.attention import EMPTY_MASK
+from hf_prefix_patch.columns import Row, TruncationMode, check_truncation_mode, rows_of
+from hf_prefix_patch.packed import REFERENCE_LOGPS
+from hf_prefix_patch.planned import PackedRow, PlannedTensor, attach_plan
+from hf_prefix_patch.plans import ROW_INPUTS, Plan
+from hf_prefix_patch.tree import PrefixTree
+
+Layout = Literal["rows", "packed"]
+
+
+@dataclass
+class DataCollatorWithPrefixSharing:
+    """Preference pairs to a batch that brings its own plan.
+
+    In place of TRL's `DataCollatorForPreference`: the same arguments, examples and tensors. The
+    token comparison that a patched model would make for each batch is made here, where a data
+    loader runs it in its workers; `input_ids` and `attention_mask` carry the result to the model,
+    through pinned memory and moves between devices.
+
+    Examples hold `prompt_ids`, `chosen_ids` and `rejected_ids` (or the older `*_input_ids`), lists
+    of token ids, and optionally `ref_chosen_logps` and `ref_rejected_logps`, which are passed on.
+    For `B` pairs the batch has `R = 2 B` rows, all chosen ones first.
+
+    With `layout="rows"`, a dict as TRL's, int64, padded on the right:
+
+    - `input_ids`, `attention_mask`, `completion_mask`: `[R, L]`.
+
+    With `layout="packed"`, for a loop of one's own, a `BatchEncoding` (it has `.to(device)`) that a
+    patched model takes as `model(**batch)`; it gives logits `[1, N, vocab]`. An unpatched model
+    raises.
+
+    - `input_ids`, `position_ids`: `[1, N]`, each shared prefix once, no padding.
+    - `tree_kv_index`, `tree_cu_seqlens_q`, `tree_cu_seqlens_k`, `tree_max_seqlen_q`,
+      `tree_max_seqlen_k`: descriptors, see `PrefixTree.model_kwargs`.
+    - `logit_index`, `logit_labels`: `[U]`, for each distinct completion token the packed position
+      of the logits that predict it, and the token. `model(**batch,
+      logits_to_keep=batch["logit_index"])` makes these logits alone.
+    - `completion_index`: `[C]`, for each completion token, row by row, which of the `U` it is.
+    - `completion_lengths`: `[R]`, completion tokens in each row.
+
+    `completion_logps` takes either layout.
+
+    Args:
+        pad_token_id: fills the rows up.
+        max_length: longer rows are cut; None for any length.
+        truncation_mode: `"keep_start"` or `"keep_end"` of a row; the latter cuts the two rows of a
+            pair differently, which then share little.
+        pad_to_multiple_of: of the row length.
+        layout: `"rows"` or `"packed"`.
+
+    Raises:
+        ValueError: an unknown option, no examples, or examples with no token to train on.
+        KeyError: examples without the columns above.
+
+    Example:
+        >>> collator = DataCollatorWithPrefixSharing(pad_token_id=0)
+        >>> pair = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}
+        >>> batch = collator([pair])
+        >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
+        ([[5, 6, 7, 0], [5, 6, 8, 9]], [[0, 0, 1, 0], [0, 0, 1, 1]])
+        >>> batch["input_ids"].prefix_tree.packed_tokens
+        5
+        >>> packed = DataCollatorWithPrefixSharing(pad_token_id=0, layout="packed")([pair])
+        >>> packed["input_ids"].tolist(), packed["position_ids"].tolist()
+        ([[5, 6, 7, 8, 9]], [[0, 1, 2, 2, 3]])
+        >>> packed["logit_index"].tolist(), packed["logit_labels"].tolist()
+        ([1, 1, 3], [7, 8, 9])
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    truncation_mode: TruncationMode = "keep_start"
+    pad_to_multiple_of: int | None = None
+    layout: Layout = "rows"
+
+    def __post_init__(self) -> None:
+        check_truncation_mode(self.truncation_mode)
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"layout is {self.layout!r}, but must be one of {get_args(Layout)}")
+        for name in ("max_length", "pad_to_multiple_of"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1, or None")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> MutableMapping[str, Any]:
+        """Collate `B` examples; see the class."""
+        if not examples:
+            raise ValueError("got no examples, but a batch needs at least one")
+        by_example = [rows_of(x, self.max_length, self.truncation_mode) for x in examples]
+        rows = [row for column in zip(*by_example, strict=True) for row in column]
+        ids, mask, completion = self._pad(rows)
+        plan = Plan.of_rows(ids, mask)
+        if plan.tree is None:
+            raise ValueError(f"{len(examples)} examples have {plan.reason}; leave empty ones out")
+        passed_on = {
+            name: torch.tensor([example[name] for example in examples])
+            for name in REFERENCE_LOGPS
+            if name in examples[0]
+        }
+        if self.layout == "packed":
+            return BatchEncoding(_packed_batch(plan, ids, completion) | passed_on)
+        tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        batch: dict[str, Any] = {**attach_plan(plan, tensors)}
+        batch["completion_mask"] = torch.from_numpy(completion)
+        return batch | passed_on
+
+    @staticmethod
+    def wrap(collator: Callable[..., Any]) -> Callable[..., Any]:
+        """Another collator with the plan of the rows that it makes.
+
+        Every `[R, L]` tensor whose name ends in `input_ids` is planned, together with the
+        `attention_mask` and `position_ids` beside it: batches of reward, KTO and language model
+        trainers, or one's own. All else stays as it is, batches that are no mapping too.
+
+        Args:
+            collator: takes a list of examples and returns a batch.
+
+        Example:
+            >>> def collator(examples):
+            ...     return {"input_ids": torch.tensor(examples)}
+            >>> batch = DataCollatorWithPrefixSharing.wrap(collator)([[5, 6, 7], [5, 6, 8]])
+            >>> batch["input_ids"].prefix_tree.packed_tokens
+            4
+        """
+        planned = isinstance(collator, DataCollatorWithPrefixSharing | PlanningCollator)
+        return collator if planned else PlanningCollator(collator)
+
+    def _pad(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, attention mask and completion mask of the rows, `[R, L]` int64."""
+        length = max(len(row.ids) for row in rows)
+        if self.pad_to_multiple_of is not None:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(rows), length)
+        ids = np.full(shape, self.pad_token_id, np.int64)
+        lengths = np.array([[len(row.ids)] for row in rows])
+        prompts = np.array([[row.prompt_length] for row in rows])
+        for line, row in zip(ids, rows, strict=True):
+            line[: len(row.ids)] = row.ids
+        real = np.arange(length) < lengths
+        completion = real & (np.arange(length) >= prompts)
+        return ids, real.astype(np.int64), completion.astype(np.int64)
+
+
+class PlanningCollator:
+    """A collator whose batches carry the plan of their rows; see `wrap`."""
+
+    def __init__(self, collator: Callable[..., Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self.collator(*args, **kwargs)
+        if not isinstance(batch, MutableMapping):
+            return batch
+        for ending in [name for name in batch if name.endswith("input_ids")]:
+            kind = ending.removesuffix("input_ids")
+            rows = {name: batch[kind + name] for name in ROW_INPUTS if kind + name in batch}
+            if all(map(_plannable, rows.values())):
+                ids, *rest = map(rows.get, ROW_INPUTS)
+                assert ids is not None
+                plan = Plan.of_rows(ids, *rest)
+                for name, x in attach_plan(plan, rows).items():
+                    batch[kind + name] = x
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator" or name.startswith("__"):  # before __init__: copying
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+
+def _plannable(x: Any) -> bool:
+    plain = isinstance(x, Tensor) and not isinstance(x, PlannedTensor)
+    return plain and x.ndim == 2 and not x.is_floating_point()
+
+
+def _packed_batch(plan: Plan, ids: np.ndarray, completion: np.ndarray) -> dict[str, Any]:
+    """The packed row, its descriptors, and where the completion tokens of its rows are."""
+    tree = plan.tree
+    assert isinstance(tree, PrefixTree)
+    packed = np.empty(ids.size, np.int64)
+    packed[tree.cell.numpy()] = tree.packed_index.numpy()
+    predicted = completion.astype(bool)
+    predicted[:, 0] = False  # nothing stands before it
+    cells = np.flatnonzero(predicted)
+    _, first, index = np.unique(packed[cells], return_index=True, return_inverse=True)
+    arrays = {
+        "logit_index": packed[cells[first] - 1],
+        "logit_labels": ids.reshape(-1)[cells[first]],
+        "completion_index": index,
+        "completion_lengths": predicted.sum(1),
+    }
+    row = attach_plan(plan, {"input_ids": tree.pack(torch.from_numpy(ids))}, PackedRow)
+    return {
+        **row,
+        "attention_mask": torch.zeros(EMPTY_MASK),
+        **tree.model_kwargs(),
+        **{name: torch.from_numpy(x) for name, x in arrays.items()},
+    }

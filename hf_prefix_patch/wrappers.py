@@ -1,0 +1,56 @@
+"""The transformers model inside what training wraps around it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_prefix_patch.support import check_peft
+
+
+def unwrap(target: Any, check: bool = True) -> PreTrainedModel:
+    """The `PreTrainedModel` inside PEFT, DDP, FSDP, DeepSpeed and compiled wrappers.
+
+    Args:
+        check: refuse PEFT methods that cannot be shared.
+
+    Raises:
+        TypeError: there is none.
+        NotImplementedError: as `check_peft`.
+    """
+    inner: Any = called_module(target)
+    while _is_peft(inner):
+        if check:
+            check_peft(inner)
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"target is a {type(target).__name__}, but a transformers PreTrainedModel, a "
+            "wrapper of one (PEFT, DDP, FSDP, torch.compile) or a Trainer is needed; load a "
+            "model that is given as a string first"
+        )
+    return inner
+
+
+def called_module(target: Any) -> Any:
+    """What DDP, DeepSpeed and the like call as a module, and what compiled code stands for."""
+    inner = target
+    while not isinstance(inner, PreTrainedModel) and not _is_peft(inner):
+        wrapped = [getattr(inner, name, None) for name in ("_orig_mod", "module")]
+        found = next((x for x in wrapped if isinstance(x, nn.Module)), None)
+        if found is None:
+            return inner
+        inner = found
+    return inner
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder stack: what every trainer and head calls, whatever they do to the model."""
+    stack = model.base_model
+    return cast(PreTrainedModel, getattr(stack, "_orig_mod", stack))  # compiled: what is inside
+
+
+def _is_peft(x: Any) -> bool:
+    return hasattr(x, "peft_config") and hasattr(x, "get_base_model")
