@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_prefix_patch.backends.base import autocast_dtype
+
 # Elements of what a chunk makes. On a CPU time is flat from 2**21 to 2**23, as the products fill
 # the cores and the passes over a chunk stay in its cache. Elsewhere four times that, so that the
 # kernels of a chunk last longer than it takes to launch them.
@@ -113,10 +115,9 @@ def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
     dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
     if not all(dtype.is_floating_point for dtype in dtypes):
         raise ValueError(f"got {sorted(map(str, dtypes))}, but hidden and weight must be floating")
-    kind = hidden.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if autocast and torch.float64 not in dtypes:
-        return torch.get_autocast_dtype(kind)
+    autocast = autocast_dtype(hidden.device)
+    if autocast is not None and torch.float64 not in dtypes:
+        return autocast
     if len(dtypes) > 1:
         raise ValueError(
             f"hidden and head have dtypes {sorted(map(str, dtypes))}, but must have one; cast the "

@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import BACKENDS
-from hf_prefix_patch.backends.base import Backend, Needs
+from hf_prefix_patch.backends.base import Backend, Needs, autocast_dtype
 from hf_prefix_patch.backends.flex import FLEX
 from hf_prefix_patch.kernel_check import kernel_fault
 from hf_prefix_patch.support import has_sinks, layer_types, sliding_window
@@ -121,11 +120,9 @@ def needs_of(backbone: PreTrainedModel, structure: Structure) -> Needs:
         "sinks": structure.sinks,
         "dropout": any(getattr(config, name, None) for name in _DROPOUTS),
     }
-    known = torch.amp.is_autocast_available(device.type)  # not for meta tensors
-    autocast = known and torch.is_autocast_enabled(device.type)
     return Needs(
         device=device,
-        dtype=torch.get_autocast_dtype(device.type) if autocast else backbone.dtype,
+        dtype=autocast_dtype(device) or backbone.dtype,
         implementation=config._attn_implementation,
         head_dims=structure.head_dims,
         windows=frozenset(windows),

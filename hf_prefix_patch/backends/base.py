@@ -111,12 +111,18 @@ def as_blocks(flat: Tensor) -> list[list[int]]:
     return blocks
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes of fp32 on a device; None where it is off or unknown (meta)."""
+    known = torch.amp.is_autocast_available(device.type)
+    on = known and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """fp32 tensors as autocast's type if it is on: as it treats attention's own inputs."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
 
 
