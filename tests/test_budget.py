@@ -1,0 +1,469 @@
+"""Trainers with our collator, and with batches by token budget."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, skip_first_batches
+from batches import LayerTokens, gradients
+from families import tiny_model
+from tiny_trl import (
+    assert_same_log,
+    build_trainer,
+    load,
+    perturb,
+    preference_pairs,
+    run_dpo,
+    save_tiny_model,
+    tiny_tokenizer,
+)
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from trl import DPOTrainer, RewardConfig, RewardTrainer
+
+from hf_prefix_patch import (
+    DataCollatorWithPrefixSharing,
+    PrefixSharingBatchSampler,
+    disable_prefix_sharing,
+    enable_prefix_sharing,
+    plans,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+BUDGET = 200  # unique tokens; 12 pairs make three batches
+METHODS = ("log", "compute_loss", "get_train_dataloader", "get_total_train_batch_size")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+class Batches(TrainerCallback):
+    """What a trainer counts as it goes along."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.epochs.append(state.epoch)
+
+
+def count_planning(monkeypatch):
+    """A call a plan that is made; in the main process, where the batch is collated too."""
+    made = []
+    original = plans.Plan.of_rows
+    monkeypatch.setattr(plans.Plan, "of_rows", lambda *rows: made.append(1) or original(*rows))
+    return made
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("options", [{}, {"max_length": 44}, {"precompute_ref_log_probs": True}])
+def test_a_stock_trainer_with_our_collator(llama, tmp_path, monkeypatch, lora, options):
+    """The same log, and the model plans nothing itself."""
+    options = {"lora": lora, "evaluate": True, **options}
+    want = run_dpo(load(llama), tmp_path, **options)
+    collator = DataCollatorWithPrefixSharing(0, max_length=options.get("max_length", 1024))
+    monkeypatch.setattr(
+        "tiny_trl.DPOTrainer", lambda **rest: DPOTrainer(**rest, data_collator=collator)
+    )
+    plans.forget()
+    made = count_planning(monkeypatch)
+    got = run_dpo(load(llama), tmp_path, sharing="model", **options)
+    assert_same_log(got.log, want.log)
+    assert got.trainer.data_collator is collator
+    precomputed = 3 + 2 if "precompute_ref_log_probs" in options else 0
+    assert len(made) == 3 + 2 + precomputed + 1  # once a batch, and once to verify
+    assert not got.handle.stats.bypassed
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_trainer_form_plans_in_the_loader(llama, tmp_path, monkeypatch, workers):
+    want = run_dpo(load(llama), tmp_path, lora=True, dataloader_num_workers=workers)
+    trainer = build_trainer(load(llama), tmp_path, lora=True, dataloader_num_workers=workers)
+    before = trainer.data_collator
+    handle = enable_prefix_sharing(trainer)
+    made = count_planning(monkeypatch)
+    trainer.train()
+    assert_same_log(trainer.state.log_history, want.log)
+    assert len(made) == (0 if workers else 3)
+    assert handle.stats.calls == 6
+    handle.remove()
+    assert trainer.data_collator is before
+
+
+def epoch_gradients(trainer):
+    """Sum of the gradients of all batches of an epoch, no step taken in between."""
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.zero_grad()
+    pairs = []
+    for inputs in trainer.get_train_dataloader():
+        pairs.append(len(inputs["input_ids"]) // 2)
+        trainer.training_step(trainer.model, inputs)
+    return pairs, gradients(trainer.model)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm"])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_every_pair_weighs_the_same(llama, tmp_path, lora, loss):
+    """Gradients of an epoch by token budget are those of the same pairs in fixed batches."""
+    trainer = build_trainer(load(llama), tmp_path, lora=lora, loss_type=[loss])
+    fixed, want = epoch_gradients(trainer)
+    assert fixed == [4, 4, 4]
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET) as sharing:
+        assert sharing.sampler.pairs_per_batch == 4.0
+        pairs, got = epoch_gradients(trainer)
+        assert sharing.stats.sharing_ratio > 1.9
+    assert sorted(pairs) != fixed
+    assert sum(pairs) == 12
+    for name, x in want.items():
+        assert (got[name] - x).norm() <= 1e-5 * x.norm(), name
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET):
+        trainer.compute_loss = type(trainer).compute_loss.__get__(trainer)  # without weights
+        _, unweighted = epoch_gradients(trainer)
+    assert any((unweighted[name] - x).norm() > 1e-3 * x.norm() for name, x in want.items())
+
+
+def test_a_training_run(llama, tmp_path):
+    """Epochs, steps and samples are counted by the batches of the sampler."""
+    callback = Batches()
+    trainer = build_trainer(
+        load(llama),
+        tmp_path,
+        lora=True,
+        max_steps=-1,
+        num_train_epochs=3,
+        gradient_accumulation_steps=2,
+        dataloader_num_workers=1,
+    )
+    trainer.add_callback(callback)
+    handle = enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET, log_metrics=True)
+    assert isinstance(handle.sampler, PrefixSharingBatchSampler)
+    seen = LayerTokens(trainer.model)
+    trainer.train()
+    batches = len(handle.sampler)
+    assert batches == 3
+    assert trainer.state.global_step == trainer.state.max_steps == 3 * math.ceil(batches / 2)
+    assert trainer.state.epoch == 3.0
+    assert callback.epochs == pytest.approx([2 / 3, 1, 5 / 3, 2, 8 / 3, 3])
+    assert handle.stats.calls == 3 * batches * 2  # policy and reference
+    assert max(tokens for _, tokens in seen.shapes) <= BUDGET
+    rows = (
+        3
+        * 2
+        * sum(
+            2 * len(x["prompt_ids"]) + len(x["chosen_ids"]) + len(x["rejected_ids"])
+            for x in trainer.train_dataset
+        )
+    )
+    assert handle.stats.row_tokens == rows  # every pair once an epoch
+    assert handle.stats.sharing_ratio > 1.9
+    summary = trainer.state.log_history[-1]
+    runtime = summary["train_runtime"]
+    assert summary["train_samples_per_second"] * runtime == pytest.approx(36, rel=0.01)
+    packed = [log["prefix_sharing/packed_tokens"] for log in trainer.state.log_history[:-1]]
+    assert sum(packed) == handle.stats.packed_tokens
+    losses = [log["loss"] for log in trainer.state.log_history[:-1]]
+    assert all(map(math.isfinite, losses))
+
+
+def test_steps_count_samples_by_the_mean_batch(llama, tmp_path):
+    trainer = build_trainer(load(llama), tmp_path, lora=True)  # three steps
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET):
+        trainer.train()
+    summary = trainer.state.log_history[-1]
+    seen = summary["train_samples_per_second"] * summary["train_runtime"]
+    assert seen == pytest.approx(12, rel=0.01)
+
+
+def test_evaluation_keeps_its_batches_and_its_loss(llama, tmp_path):
+    trainer = build_trainer(load(llama), tmp_path, lora=True)
+    want = trainer.evaluate()
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET) as sharing:
+        got = trainer.evaluate()
+        assert sharing.stats.calls == 4
+    assert_same_log([got], [want])
+
+
+def test_resuming_in_the_middle_of_an_epoch(llama, tmp_path):
+    """The batches of a resumed run are those that an uninterrupted one had left."""
+
+    def run(output, steps, resume=None):
+        trainer = build_trainer(
+            load(llama),
+            output,
+            lora=True,
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=4,
+            learning_rate=0.0,
+        )
+        handle = enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET)
+        order = []
+        inner = trainer.data_collator
+        trainer.data_collator = lambda examples: order.append(examples) or inner(examples)
+        trainer.train(resume_from_checkpoint=resume)
+        return order[len(order) - trainer.state.max_steps + (4 if resume else 0) :], handle
+
+    whole, _ = run(tmp_path / "a", 6)
+    run(tmp_path / "b", 4)
+    rest, _ = run(tmp_path / "b", 6, resume=str(tmp_path / "b" / "checkpoint-4"))
+    assert rest == whole[4:]
+    assert whole[:3] != whole[3:]  # another order in the second epoch
+
+
+def test_batches_of_two_processes(llama, tmp_path, monkeypatch):
+    """What accelerate deals out is even, disjoint and complete."""
+    trainer = build_trainer(load(llama), tmp_path, lora=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "num_processes", 2)
+        sampler = enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET).sampler
+    shards = []
+    for rank in range(2):
+        sampler.set_epoch(0)
+        shards.append(list(BatchSamplerShard(sampler, 2, rank)))
+    assert len(shards[0]) == len(shards[1]) == len(sampler) / 2
+    assert sorted(i for shard in shards for batch in shard for i in batch) == list(range(12))
+
+
+def test_the_epoch_reaches_the_sampler_through_wrappers(llama, tmp_path):
+    """In a run resumed on several processes nothing else tells it."""
+    trainer = build_trainer(load(llama), tmp_path, lora=True)
+    sampler = enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET).sampler
+    sampler.set_epoch(2)
+    want = list(sampler)[1:]
+    sampler.set_epoch(0)
+    rest = skip_first_batches(
+        DataLoader(range(12), batch_sampler=BatchSamplerShard(sampler, 1, 0), collate_fn=list), 1
+    )
+    state = SimpleNamespace(epoch=2 - 1e-12)
+    trainer.callback_handler.call_event("on_epoch_begin", trainer.args, state, trainer.control)
+    assert list(rest) == want
+
+
+def test_enabling_again_and_taking_it_off(llama, tmp_path):
+    trainer = build_trainer(load(llama), tmp_path, lora=True)
+    before = dict(trainer.__dict__)
+    callbacks = list(trainer.callback_handler.callbacks)
+
+    def changed():
+        now = trainer.__dict__
+        return {
+            name for name in now.keys() | before.keys() if now.get(name) is not before.get(name)
+        }
+
+    enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET, log_metrics=True)
+    assert changed() == {*METHODS, "data_collator", "_prefix_sharing"}
+    handle = enable_prefix_sharing(trainer)  # the later call counts
+    assert changed() == {"data_collator", "_prefix_sharing"}
+    assert handle.sampler is None
+    assert trainer.callback_handler.callbacks == callbacks
+    with pytest.raises(ValueError, match="unique tokens of 12 pairs exceed it"):
+        enable_prefix_sharing(trainer, max_tokens_per_batch=5)
+    assert changed() == {"data_collator", "_prefix_sharing"}
+    assert handle.stats is not None
+    disable_prefix_sharing(trainer)
+    assert changed() == set()
+    with pytest.raises(ValueError, match="exceed it"):
+        enable_prefix_sharing(trainer, max_tokens_per_batch=5)
+    assert changed() == set()
+    assert not trainer.model.get_base_model().base_model._forward_hooks
+
+
+def test_options_of_the_sampler(llama, tmp_path):
+    trainer = build_trainer(load(llama), tmp_path, lora=True)
+    options = {"oversized": "skip", "longest_first": True}
+    with pytest.warns(UserWarning, match="they are left out"):
+        handle = enable_prefix_sharing(
+            trainer, max_tokens_per_batch=50, sampler_options=options, verify=False
+        )
+    sampler = handle.sampler
+    assert 0 < len(sampler.skipped) < 12
+    sizes = [sampler.unique_tokens(batch) for batch in sampler]
+    assert sizes[0] == max(sizes) <= 50
+
+
+BAD = {
+    "a model": (
+        lambda trainer: trainer.model,
+        {"max_tokens_per_batch": 9},
+        r"max_tokens_per_batch=9 needs a trainer, but target is a PeftModel",
+    ),
+    "options alone": (
+        lambda trainer: trainer,
+        {"sampler_options": {"seed": 1}},
+        "are for max_tokens_per_batch",
+    ),
+    "sampling": (
+        lambda trainer: _with(trainer, "train_sampling_strategy", "group_by_length"),
+        {"max_tokens_per_batch": 99},
+        r"train_sampling_strategy='group_by_length'",
+    ),
+    "dispatch": (
+        lambda trainer: _dispatching(trainer),
+        {"max_tokens_per_batch": 99},
+        "dispatch_batches and split_batches cannot deal out",
+    ),
+    "no data": (
+        lambda trainer: _without_data(trainer),
+        {"max_tokens_per_batch": 99},
+        "needs a trainer with a train_dataset",
+    ),
+}
+
+
+def _with(trainer, name, value):
+    setattr(trainer.args, name, value)
+    return trainer
+
+
+def _dispatching(trainer):
+    trainer.accelerator.dataloader_config.dispatch_batches = True
+    return trainer
+
+
+def _without_data(trainer):
+    trainer.train_dataset = None
+    return trainer
+
+
+@pytest.mark.parametrize(("target", "options", "message"), BAD.values(), ids=BAD)
+def test_bad_options(llama, tmp_path, target, options, message):
+    trainer = build_trainer(load(llama), tmp_path, lora=True)
+    with pytest.raises(ValueError, match=message):
+        enable_prefix_sharing(target(trainer), **options)
+    assert "compute_loss" not in vars(trainer)
+
+
+def test_a_stream_has_no_batches_to_choose(llama, tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(preference_pairs())
+
+    trainer = build_trainer(load(llama), tmp_path, lora=True)
+    trainer.train_dataset = Stream()
+    with pytest.raises(TypeError, match=r"data is a Stream, but .* need a sequence of examples"):
+        enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET)
+
+
+class MeanLoss(Trainer):
+    """A plain trainer: the mean over rows of the mean loss over their tokens."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        real = inputs["attention_mask"][:, 1:].float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none"
+        )
+        loss = ((losses * real).sum(1) / real.sum(1)).mean()
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def rows_collator(examples):
+    length = max(len(x["input_ids"]) for x in examples)
+    ids = torch.zeros(len(examples), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, x in enumerate(examples):
+        ids[i, : len(x["input_ids"])] = torch.tensor(x["input_ids"])
+        mask[i, : len(x["input_ids"])] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def plain_trainer(tmp_path, kind=MeanLoss, **options):
+    """Twelve rows, four of each of three prompts."""
+    data = [
+        {"input_ids": [p] * 5 + list(range(20, 21 + i % 4)) + [p]}
+        for i in range(12)
+        for p in [5 + i % 3]
+    ]
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        max_steps=3,
+        **options,
+    )
+    return kind(tiny_model(), args, data_collator=rows_collator, train_dataset=data)
+
+
+def test_transformers_trainer(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    trainer.current_gradient_accumulation_steps = 1
+
+    def epoch():
+        trainer.model.zero_grad()
+        rows = []
+        for inputs in trainer.get_train_dataloader():
+            rows.append(len(inputs["input_ids"]))
+            trainer.training_step(trainer.model, inputs)
+        return rows, gradients(trainer.model)
+
+    fixed, want = epoch()
+    assert fixed == [4, 4, 4]
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=26) as sharing:
+        rows, got = epoch()
+        scale = 4 / sharing.sampler.pairs_per_batch
+        assert sharing.stats.sharing_ratio > 2
+        trainer.train()
+    assert len(set(rows)) > 1
+    for name, x in want.items():
+        assert (got[name] - scale * x).norm() <= 1e-5 * scale * x.norm(), name
+
+
+def test_losses_by_tokens_are_left_alone(tmp_path):
+    """transformers divides these by the number of targets in the step itself."""
+
+    def with_labels(examples):
+        batch = rows_collator(examples)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return batch | {"labels": labels}
+
+    trainer = plain_trainer(tmp_path, Trainer)
+    trainer.data_collator = with_labels
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=26) as sharing:
+        inputs = trainer.data_collator([trainer.train_dataset[0]])
+        trainer.model.train()
+        one = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=4)
+        assert one == type(trainer).compute_loss(
+            trainer, trainer.model, inputs, num_items_in_batch=4
+        )
+        weighted = trainer.compute_loss(trainer.model, inputs)
+        plain = type(trainer).compute_loss(trainer, trainer.model, inputs)
+        assert weighted.item() == pytest.approx(plain.item() / sharing.sampler.pairs_per_batch)
+        trainer.train()
+
+
+def test_reward_trainer(llama, tmp_path):
+    model = LlamaForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
+    perturb(model)
+    config = RewardConfig(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+    )
+    trainer = RewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=preference_pairs(),
+        processing_class=tiny_tokenizer(),
+    )
+    fixed, want = epoch_gradients(trainer)
+    assert fixed == [4, 4, 4]
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET) as sharing:
+        pairs, got = epoch_gradients(trainer)
+        scale = 4 / sharing.sampler.pairs_per_batch
+        assert sharing.stats.sharing_ratio > 1.5
+    assert sum(pairs) == 12
+    for name, x in want.items():
+        assert (got[name] - scale * x).norm() <= 1e-5 * scale * x.norm(), name
