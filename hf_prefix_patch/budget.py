@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -48,16 +49,21 @@ class TokenBudget:
         self.callback = _SetEpoch(self.sampler)
         self._trainer = trainer
         self._compute_loss = trainer.compute_loss
+        self._gather = trainer.accelerator.gather
         self._rows_name, self._rows_per_pair = _rows_of_one(collator, dataset)
 
     @property
-    def overrides(self) -> dict[str, Any]:
-        """Methods of the trainer that are replaced."""
-        return {
-            "get_train_dataloader": self.dataloader,
-            "compute_loss": self.compute_loss,
-            "get_total_train_batch_size": self.total_batch_size,
-        }
+    def overrides(self) -> list[tuple[Any, str, Any]]:
+        """Methods of the trainer and its accelerator that are replaced: owner, name, by what."""
+        trainer = self._trainer
+        replaced = [
+            (trainer, "get_train_dataloader", self.dataloader),
+            (trainer, "compute_loss", self.compute_loss),
+            (trainer, "get_total_train_batch_size", self.total_batch_size),
+        ]
+        if trainer.accelerator.num_processes > 1:
+            replaced.append((trainer.accelerator, "gather", self.gather))
+        return replaced
 
     def dataloader(self) -> DataLoader[Any]:
         """What `Trainer.get_train_dataloader` gives, over the batches of the sampler."""
@@ -90,6 +96,19 @@ class TokenBudget:
         if isinstance(result, tuple):
             return (result[0] * weight, *result[1:])
         return result * weight
+
+    def gather(self, tensor: Any) -> Any:
+        """The accelerator's, for tensors that are longer on one process than on another: trainers
+        gather a number for each pair."""
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+            return self._gather(tensor)
+        sizes = self._gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+        if len(set(sizes)) == 1:
+            return self._gather(tensor)
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        pieces = self._gather(padded).split(max(sizes))
+        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
 
     def total_batch_size(self, args: Any) -> int:
         """Pairs in a step of all processes, in the mean; the trainer counts samples with it."""

@@ -89,32 +89,37 @@ class TrainerPatch:
             if before is not None:
                 before.apply()
             raise
-        self._new = {"data_collator": DataCollatorWithPrefixSharing.wrap(trainer.data_collator)}
+        planning = DataCollatorWithPrefixSharing.wrap(trainer.data_collator)
+        self._new: list[tuple[Any, str, Any]] = [(trainer, "data_collator", planning)]
         if log_metrics:
-            self._new["log"] = MetricsLog(trainer, handle)
+            self._new.append((trainer, "log", MetricsLog(trainer, handle)))
         if self.budget is not None:
-            self._new |= self.budget.overrides
+            self._new += self.budget.overrides
         self.apply()
 
     def apply(self) -> None:
-        attributes = self._trainer.__dict__
-        self._old = {name: attributes[name] for name in self._new if name in attributes}
-        attributes |= self._new
+        self._old = [
+            (owner, name, owner.__dict__[name])
+            for owner, name, _ in self._new
+            if name in owner.__dict__
+        ]
+        for owner, name, value in self._new:
+            owner.__dict__[name] = value
         if self.budget is not None:
             self._trainer.add_callback(self.budget.callback)
-        attributes[_STATE] = self
+        self._trainer.__dict__[_STATE] = self
 
     def remove(self) -> None:
         """Put everything back; removing twice is fine."""
-        attributes = self._trainer.__dict__
-        if attributes.get(_STATE) is not self:
+        if self._trainer.__dict__.get(_STATE) is not self:
             return
-        for name in self._new:
-            del attributes[name]
-        attributes |= self._old
+        for owner, name, _ in self._new:
+            del owner.__dict__[name]
+        for owner, name, value in self._old:
+            owner.__dict__[name] = value
         if self.budget is not None:
             self._trainer.remove_callback(self.budget.callback)
-        del attributes[_STATE]
+        del self._trainer.__dict__[_STATE]
 
 
 def trainer_patch_of(trainer: Any) -> TrainerPatch | None:

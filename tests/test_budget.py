@@ -1,6 +1,12 @@
 """Trainers with our collator, and with batches by token budget."""
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -226,6 +232,34 @@ def test_batches_of_two_processes(llama, tmp_path, monkeypatch):
         shards.append(list(BatchSamplerShard(sampler, 2, rank)))
     assert len(shards[0]) == len(shards[1]) == len(sampler) / 2
     assert sorted(i for shard in shards for batch in shard for i in batch) == list(range(12))
+
+
+def test_two_processes(llama, tmp_path):
+    """Ranks with different numbers of pairs: the mean loss is that of fixed batches."""
+    options = {"max_steps": -1, "num_train_epochs": 1, "learning_rate": 0.0}
+    want = run_dpo(load(llama), tmp_path, lora=True, **options)
+    script = Path(__file__).parent / "budget_on_ranks.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher.append("--nproc_per_node=2")
+    run = subprocess.run(
+        [*launcher, str(script), llama, str(tmp_path), "160"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    lines = re.findall(r"seen (\{.*?\})", run.stdout)
+    assert len(lines) == 2, run.stdout + run.stderr
+    first, second = sorted(map(json.loads, lines), key=lambda seen: seen["rank"])
+    assert first["steps"] == second["steps"] == first["batches"] / 2
+    rows = sum(
+        2 * len(x["prompt_ids"]) + len(x["chosen_ids"]) + len(x["rejected_ids"])
+        for x in want.trainer.train_dataset
+    )
+    assert first["row_tokens"] != second["row_tokens"]
+    assert first["row_tokens"] + second["row_tokens"] == 2 * rows  # policy and reference
+    assert first["loss"] == pytest.approx(want.log[-1]["train_loss"], rel=1e-5)
+    assert len(first["margins"]) == first["steps"]
 
 
 def test_the_epoch_reaches_the_sampler_through_wrappers(llama, tmp_path):

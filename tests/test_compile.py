@@ -1,6 +1,7 @@
 """torch.compile: compiled layers and compiled models compute the same, in few graphs."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from varlen_emulator import serve, varlen_attention
 
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.backends.varlen import TORCH_VARLEN
+from hf_prefix_patch.planned import attach_plan
+from hf_prefix_patch.plans import Plan
 
 # The compiler raises warnings that it hides itself, and stops at them where they are errors.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -204,6 +207,29 @@ def test_compiled_model(enable_first):
     assert sharing.stats.calls == 4
     logps, _ = run(compiled, batches[0])
     assert_same_run((logps, gradients(model)), want[0])
+
+
+def test_compiled_model_with_planned_rows():
+    """Rows that bring their plan cost a compiled model no graphs that plain ones do not."""
+    batches = ragged_batches(3)
+    counts = []
+    for planned in (False, True):
+        torch._dynamo.reset()
+        model = tiny_model()
+        want = [run(model, batch) for batch in batches]
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter)
+        with enable_prefix_sharing(model, verify=False) as sharing:
+            for batch, expected in zip(batches, want, strict=True):
+                inputs = batch.inputs
+                if planned:
+                    inputs = attach_plan(Plan.of_rows(*inputs.values()), inputs)
+                given = replace(batch, **inputs)
+                logps, _ = run(compiled, given)
+                assert_same_run((logps, gradients(model)), expected, of_model=True)
+        assert sharing.stats.calls == 3
+        counts.append(counter.frame_count)
+    assert counts[1] <= counts[0]
 
 
 def test_compiled_by_inductor():
