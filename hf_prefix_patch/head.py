@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_prefix_patch.backends.base import autocast_dtype
 
@@ -60,6 +59,7 @@ def linear_logps(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, ids out of range on a CPU, a
             `softcap` or `chunk_size` that is not positive.
+        RuntimeError: in a backward with `create_graph=True`.
 
     Example:
         >>> hidden, weight, target = torch.randn(3, 8), torch.randn(50, 8), torch.tensor([4, 0, 49])
@@ -155,8 +155,13 @@ class _LinearLogps(torch.autograd.Function):
         return logps[:, 0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would let a gradient of a plain sum pass for a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_logps can be differentiated once, but got create_graph=True; compute the "
+                "logits where second derivatives are needed"
+            )
         jacobian, *again = ctx.saved_tensors
         of_hidden = of_weight = of_bias = None
         if jacobian is not None:
@@ -254,7 +259,7 @@ def _logits(
     if how.softcap is None:
         return rows, z, None
     z = z.div_(how.softcap).tanh_()
-    slope = 1 - z.square()
+    slope = z.square().neg_().add_(1)
     return rows, z.mul_(how.softcap), slope
 
 

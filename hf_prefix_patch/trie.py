@@ -15,35 +15,54 @@ def trie_of_rows(symbols: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]
     exactly what it shares with any earlier row, and adds the rest of its path to the packed row.
     """
     num_rows, length = symbols.shape
-    starts, sizes = mask.argmax(1), mask.sum(1)
+    starts, sizes = mask.argmax(1).tolist(), mask.sum(1).tolist()
     tokens = [symbols[r, starts[r] : starts[r] + sizes[r]] for r in range(num_rows)]
-    paths: list[np.ndarray] = [np.empty(0, np.int64)] * num_rows
-    sources: list[np.ndarray] = []
-    branches: list[tuple[int, int, int]] = []  # row, tokens it shares, offset of what it adds
-    cuts, offset = {0}, 0
-    before, before_path = np.empty(0, np.int64), np.empty(0, np.int64)
+    counted = np.arange(sum(sizes))
+    source = np.empty_like(counted)
+    paths: list[np.ndarray] = [counted[:0]] * num_rows
+    branches: list[tuple[np.ndarray, int, int]] = []  # path, tokens shared, offset of the others
+    offset, before, before_path = 0, symbols[0, :0], counted[:0]
     for row in sorted(range(num_rows), key=lambda r: tokens[r].tobytes()):
         shared = common_prefix(tokens[row], before)
-        added = len(tokens[row]) - shared
-        path = np.concatenate([before_path[:shared], np.arange(offset, offset + added)])
-        if added:
-            branches.append((row, shared, offset))
-            sources.append(row * length + starts[row] + np.arange(shared, len(path)))
-            cuts.add(offset)
-            if shared:
-                cuts.add(int(path[shared - 1]) + 1)
-        offset += added
-        paths[row], before, before_path = path, tokens[row], path
-    cu_q = np.array(sorted(cuts | {offset}), np.int64)
-    parents, kv_paths = _segments(cu_q, branches, paths)
+        end = offset + sizes[row] - shared
+        path = np.concatenate([before_path[:shared], counted[offset:end]])
+        if end > offset:
+            branches.append((path, shared, offset))
+            first = row * length + starts[row] + shared
+            source[offset:end] = np.arange(first, first + end - offset)
+        paths[row], before, before_path, offset = path, tokens[row], path, end
     return {
-        "source": np.concatenate(sources),
+        "source": source[:offset].copy(),
         "cell": np.flatnonzero(mask.reshape(-1)),
         "packed_index": np.concatenate(paths),
+        **_segments(branches, offset),
+    }
+
+
+def _segments(branches: list[tuple[np.ndarray, int, int]], tokens: int) -> dict[str, np.ndarray]:
+    """Boundaries, parents and root-to-segment paths of the segments, in packed order.
+
+    Args:
+        branches: of each row that adds tokens, in packed order: its path, how many of its tokens an
+            earlier row has, and where the others begin in the packed row.
+        tokens: in the packed row.
+    """
+    offsets = np.array([offset for _, _, offset in branches])
+    forks = [int(path[shared - 1]) + 1 for path, shared, _ in branches if shared]
+    cu_q = np.unique(np.concatenate([offsets, np.array([tokens, *forks])]))
+    of_branch = np.searchsorted(offsets, cu_q[:-1], side="right") - 1
+    shared = np.array([shared for _, shared, _ in branches])
+    # How many tokens stand above each segment on its path, and at its end.
+    above = shared[of_branch] + cu_q[:-1] - offsets[of_branch]
+    below = (above + np.diff(cu_q)).tolist()
+    own = [branches[branch][0] for branch in of_branch.tolist()]
+    last = np.array([path[n - 1] if n else -1 for path, n in zip(own, above.tolist(), strict=True)])
+    kv_paths = [path[:n] for path, n in zip(own, below, strict=True)]
+    return {
         "kv_index": np.concatenate(kv_paths),
         "cu_seqlens_q": cu_q.astype(np.int32),
-        "cu_seqlens_k": np.cumsum([0, *map(len, kv_paths)]).astype(np.int32),
-        "parents": np.array(parents, np.int64),
+        "cu_seqlens_k": np.cumsum([0, *below]).astype(np.int32),
+        "parents": np.searchsorted(cu_q, last, side="right") - 1,
     }
 
 
@@ -80,27 +99,6 @@ def trie_of_descriptors(
         "parents": parents,
     }
     return len(paths), length, plan
-
-
-def _segments(
-    cu_q: np.ndarray, branches: list[tuple[int, int, int]], paths: list[np.ndarray]
-) -> tuple[list[int], list[np.ndarray]]:
-    """Parent and root-to-segment path of every segment, in packed order."""
-    parents: list[int] = []
-    kv_paths: list[np.ndarray] = []
-    for row, shared, offset in branches:
-        path = paths[row]
-        first = int(np.searchsorted(cu_q, offset))
-        last = int(np.searchsorted(cu_q, offset + len(path) - shared))
-        for segment in range(first, last):
-            if segment > first:
-                parents.append(segment - 1)
-            elif shared:
-                parents.append(int(np.searchsorted(cu_q, path[shared - 1], side="right")) - 1)
-            else:
-                parents.append(-1)
-            kv_paths.append(path[: shared + int(cu_q[segment + 1]) - offset])
-    return parents, kv_paths
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
