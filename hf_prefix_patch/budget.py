@@ -21,8 +21,9 @@ class TokenBudget:
     A trainer averages the loss over the pairs of a batch, and gradients over batches. With batches
     of different sizes a pair would weigh the more the fewer it is with. The loss of a batch of `n`
     pairs is therefore multiplied by `n / m`, where `m` is the mean number of pairs in the batches
-    of an epoch: each pair has the weight `1 / m`, as with fixed batches of `m` pairs. Losses that
-    the trainer divides by the number of target tokens in a step are left as they are.
+    of an epoch: each pair has the weight `1 / m`, as with fixed batches of `m` pairs. What is
+    logged stays the mean over the pairs of each batch. Losses that the trainer divides by the
+    number of target tokens in a step are left as they are.
 
     Args:
         trainer: a `transformers.Trainer` with a tokenised `train_dataset`.
@@ -48,7 +49,7 @@ class TokenBudget:
         self.sampler = PrefixSharingBatchSampler(dataset, max_tokens, **(ours | dict(options)))
         self.callback = _SetEpoch(self.sampler)
         self._trainer = trainer
-        self._compute_loss = trainer.compute_loss
+        self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step
         self._gather = trainer.accelerator.gather
         self._rows_name, self._rows_per_pair = _rows_of_one(collator, dataset)
 
@@ -59,6 +60,7 @@ class TokenBudget:
         replaced = [
             (trainer, "get_train_dataloader", self.dataloader),
             (trainer, "compute_loss", self.compute_loss),
+            (trainer, "training_step", self.training_step),
             (trainer, "get_total_train_batch_size", self.total_batch_size),
         ]
         if trainer.accelerator.num_processes > 1:
@@ -92,10 +94,15 @@ class TokenBudget:
         if not self._trainer.model.training or by_tokens:
             return result
         pairs = inputs[self._rows_name].shape[0] / self._rows_per_pair
-        weight = pairs / self.sampler.pairs_per_batch
+        self._weight = pairs / self.sampler.pairs_per_batch
         if isinstance(result, tuple):
-            return (result[0] * weight, *result[1:])
-        return result * weight
+            return (result[0] * self._weight, *result[1:])
+        return result * self._weight
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's, whose result it logs: without the weight."""
+        self._weight = 1.0
+        return self._training_step(*args, **kwargs) / self._weight
 
     def gather(self, tensor: Any) -> Any:
         """The accelerator's, for tensors that are longer on one process than on another: trainers

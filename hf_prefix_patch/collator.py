@@ -54,7 +54,7 @@ class DataCollatorWithPrefixSharing:
     `completion_logps` takes either layout.
 
     Args:
-        pad_token_id: fills the rows up.
+        pad_token_id: fills the rows up; may be None with `layout="packed"`, which has no padding.
         max_length: longer rows are cut; None for any length.
         truncation_mode: `"keep_start"` or `"keep_end"` of a row; the latter cuts the two rows of a
             pair differently, which then share little.
@@ -80,7 +80,7 @@ class DataCollatorWithPrefixSharing:
         ([1, 1, 3], [7, 8, 9])
     """
 
-    pad_token_id: int
+    pad_token_id: int | None
     max_length: int | None = None
     truncation_mode: TruncationMode = "keep_start"
     pad_to_multiple_of: int | None = None
@@ -90,6 +90,11 @@ class DataCollatorWithPrefixSharing:
         check_truncation_mode(self.truncation_mode)
         if self.layout not in get_args(Layout):
             raise ValueError(f"layout is {self.layout!r}, but must be one of {get_args(Layout)}")
+        if self.pad_token_id is None and self.layout == "rows":
+            raise ValueError(
+                "pad_token_id is None, but rows are filled up with it; pass the tokenizer's "
+                "pad_token_id or, if it has none, its eos_token_id"
+            )
         for name in ("max_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -105,11 +110,7 @@ class DataCollatorWithPrefixSharing:
         plan = Plan.of_rows(ids, mask)
         if plan.tree is None:
             raise ValueError(f"{len(examples)} examples have {plan.reason}; leave empty ones out")
-        passed_on = {
-            name: torch.tensor([example[name] for example in examples])
-            for name in REFERENCE_LOGPS
-            if name in examples[0]
-        }
+        passed_on = _reference_logps(examples)
         if self.layout == "packed":
             return BatchEncoding(_packed_batch(plan, ids, completion) | passed_on)
         tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
@@ -144,7 +145,7 @@ class DataCollatorWithPrefixSharing:
         if self.pad_to_multiple_of is not None:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         shape = (len(rows), length)
-        ids = np.full(shape, self.pad_token_id, np.int64)
+        ids = np.full(shape, self.pad_token_id or 0, np.int64)
         lengths = np.array([[len(row.ids)] for row in rows])
         prompts = np.array([[row.prompt_length] for row in rows])
         for line, row in zip(ids, rows, strict=True):
@@ -179,6 +180,21 @@ class PlanningCollator:
         if name == "collator" or name.startswith("__"):  # before __init__: copying
             raise AttributeError(name)
         return getattr(self.collator, name)
+
+
+def _reference_logps(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """`[B]` each, of those columns that the examples have."""
+    found = {}
+    for name in REFERENCE_LOGPS:
+        having = sum(name in example for example in examples)
+        if having == len(examples):
+            found[name] = torch.tensor([example[name] for example in examples])
+        elif having:
+            raise ValueError(
+                f"{having} of {len(examples)} examples have {name}, but all or none must; compute "
+                "the reference log-probs of the others, or drop the column"
+            )
+    return found
 
 
 def _plannable(x: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_prefix_patch.backends.base import autocast_dtype
@@ -35,8 +36,8 @@ def linear_logps(
     an idea of Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009).
 
     A token's log-prob depends on its own hidden state alone, so the same pass also sums up its
-    gradient, `scale * (W[y] - sum_v p_v W[v])` without a cap, rescaled when the maximum grows as
-    FlashAttention does (Dao et al. 2022, arXiv:2205.14135). With a frozen head the backward is a
+    gradient, `scale * (W[y] - sum_v p_v W[v])` without a cap, rescaled when the maximum grows, as
+    FlashAttention does it (Dao et al. 2022, arXiv:2205.14135). With a frozen head the backward is a
     multiplication; with a trained one it computes the chunks again.
 
     Products are computed in the dtype of the inputs, or that of autocast, with fp32 results where
@@ -143,13 +144,13 @@ class _LinearLogps(torch.autograd.Function):
     ) -> Tensor:
         target = target[:, None]
         with torch.autocast(hidden.device.type, enabled=False):
-            running = _Running(hidden, target, how)
+            others = _Others(hidden, target, how)
             for start in range(0, len(weight), how.chunk_size):
-                running.add(weight, bias, start)
-            logps = running.logps()
-            jacobian = running.jacobian(weight, logps) if how.jacobian else None
+                others.add(weight, bias, start)
+            logps, against, lse = others.compare()
+            jacobian = others.jacobian(weight, against) if how.jacobian else None
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        again = (hidden, weight, bias, target, running.lse(), logps) if trained else ()
+        again = (hidden, weight, bias, target, against, lse) if trained else ()
         ctx.save_for_backward(jacobian, *again)
         ctx.how, ctx.hidden_dtype = how, hidden.dtype
         return logps[:, 0]
@@ -173,8 +174,12 @@ class _LinearLogps(torch.autograd.Function):
         return of_hidden, of_weight, of_bias, None, None
 
 
-class _Running:
-    """Softmax statistics of the chunks so far, `[C, 1]` each, and what the Jacobian needs."""
+class _Others:
+    """Softmax over all tokens but the target, of the chunks so far; statistics are `[C, 1]`.
+
+    Of a likely target, 1 - p is what the others weigh. Taken from a sum with the target in it, that
+    would be lost to rounding, and so would the gradients, which are multiples of it.
+    """
 
     def __init__(self, hidden: Tensor, target: Tensor, how: _How) -> None:
         self._hidden, self._target, self._how = hidden, target, how
@@ -183,56 +188,57 @@ class _Running:
         self._max = torch.full_like(target, torch.finfo(dtype).min, dtype=dtype)
         self._sum = torch.zeros_like(self._max)
         self._of_target = torch.full_like(self._max, torch.nan)
-        # sum_v exp(z_v - max) dz_v W[v] over all v but the target.
-        self._others = hidden.new_zeros(hidden.shape if how.jacobian else 0, dtype=dtype)
+        # sum_v exp(z_v - max) dz_v W[v], where dz is the slope of the cap.
+        self._weights = hidden.new_zeros(hidden.shape if how.jacobian else 0, dtype=dtype)
 
     def add(self, weight: Tensor, bias: Tensor | None, start: int) -> None:
         rows, z, slope = _logits(self._hidden, weight, bias, start, self._how)
         column, there = _columns(self._target, start, len(rows))
         self._of_target = torch.where(there, z.gather(1, column), self._of_target)
+        _place(-torch.inf, z, column, there)
         highest = torch.maximum(self._max, z.amax(1, keepdim=True))
         decay = (self._max - highest).exp_()
         e = z.sub_(highest).exp_()
         self._sum = self._sum * decay + e.sum(1, keepdim=True)
         self._max = highest
         if self._how.jacobian:
-            # Where p_y is nearly 1, W[y] - p_y W[y] would cancel; (1 - p_y) W[y] does not.
-            _place(0.0, e, column, there)
             if slope is not None:
                 e *= slope
-            self._others.mul_(decay).add_(_product(e, rows, self._how.dtype))
+            self._weights.mul_(decay).add_(_product(e, rows, self._how.dtype))
 
-    def logps(self) -> Tensor:
-        # Not the logit less lse: next to a large maximum, a log-prob near 0 would lose its digits.
-        return (self._of_target - self._max) - self._sum.log()
+    def compare(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of the targets, 1 - p, and the log-sum-exp of all logits."""
+        self._sum.clamp_(min=torch.finfo(self._sum.dtype).tiny)  # where no other token can be
+        log_sum = self._sum.log()
+        ahead = (self._of_target - self._max) - log_sum
+        lse = self._max + (log_sum - F.logsigmoid(-ahead))
+        return F.logsigmoid(ahead), torch.sigmoid(-ahead), lse
 
-    def lse(self) -> Tensor:
-        return self._max + self._sum.log()
-
-    def jacobian(self, weight: Tensor, logps: Tensor) -> Tensor:
+    def jacobian(self, weight: Tensor, against: Tensor) -> Tensor:
         """`[C, H]`: the gradient of each log-prob by its own hidden state.
 
-        It stays in the dtype of the statistics: that of a likely token is too small for fp16.
+        `scale * (1 - p_y) * (dz_y W[y] - mean of dz_v W[v] over the others)`, in the dtype of the
+        statistics: that of a likely token is too small for fp16.
         """
-        own = -logps.expm1() * self._how.scale
+        of_target = weight.index_select(0, self._target[:, 0]).to(against.dtype)
         if self._how.softcap is not None:
-            own *= 1 - (self._of_target / self._how.softcap).square()
-        of_target = weight.index_select(0, self._target[:, 0]).to(own.dtype)
-        return self._others.mul_(-self._how.scale / self._sum).addcmul_(own, of_target)
+            of_target *= 1 - (self._of_target / self._how.softcap).square()
+        change = of_target.sub_(self._weights.div_(self._sum))
+        return change.mul_(self._how.scale * against)
 
 
 def _head_gradients(
     grad: Tensor, saved: list[Any], how: _How, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias; those of a chunk are one product, so nothing is added up."""
-    hidden, weight, bias, target, lse, logps = saved
+    hidden, weight, bias, target, against, lse = saved
     of_weight = torch.empty_like(weight) if wanted[0] else None
     of_bias = torch.empty_like(bias) if wanted[1] and bias is not None else None
 
     def fill(start: int) -> None:
         rows, z, slope = _logits(hidden, weight, bias, start, how)
         change = z.sub_(lse).exp_()
-        _place(logps.expm1(), change, *_columns(target, start, len(rows)))
+        _place(-against, change, *_columns(target, start, len(rows)))
         change *= -how.scale * grad
         if slope is not None:
             change *= slope

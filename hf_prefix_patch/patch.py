@@ -129,7 +129,8 @@ def enable_prefix_sharing(
         max_tokens_per_batch: trainers only: training batches of at most so many unique tokens on
             each device, the tokens that the decoder runs on, in which pairs that share text come
             together; takes the place of `per_device_train_batch_size`. Every pair has the same
-            weight in the gradient, as with fixed batches of the mean size.
+            weight in the gradient, as with fixed batches of the mean size. It does not bound what
+            is computed from rows after the decoder, such as TRL's logits where there is no CUDA.
         sampler_options: further arguments of `PrefixSharingBatchSampler` for that, such as
             `longest_first`, `max_pairs_per_prompt` or `oversized`.
 
@@ -206,8 +207,8 @@ def _check_trainer_options(target: Any, **options: Any) -> None:
     if given and not is_trainer(target):
         raise ValueError(
             f"{given[0]}={options[given[0]]!r} needs a trainer, but target is a "
-            f"{type(target).__name__}; pass the trainer, or use handle.stats and "
-            "PrefixSharingBatchSampler yourself"
+            f"{type(target).__name__}; pass the trainer, or in a loop of your own read "
+            "handle.stats and use PrefixSharingBatchSampler"
         )
     if given == ["sampler_options"]:
         raise ValueError("sampler_options are for max_tokens_per_batch; give that too")

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CUT = "prompt_cut"
-"""Beside the ids of an example: the end that its prompt lost, quoted, or nothing."""
+"""Beside the ids of an example: the end that its prompt lost, quoted; empty if it lost none, and
+None if no token of a prompt is there."""
 
 _Ids = tuple[list[int], list[int], list[int]]
 
@@ -154,6 +155,8 @@ def _record(parts: _Parts, ids: _Ids, tokenizer: Any) -> dict[str, Any]:
                 f"{parts.where}: {name} has no token beyond the prompt, but needs one; give it an "
                 "answer or leave the example out"
             )
-    cut = repr(tokenizer.decode(prompt[length:])) if length < len(prompt) else ""
+    cut = "" if prompt else None
+    if length < len(prompt):
+        cut = repr(tokenizer.decode(prompt[length:]))
     values = (prompt[:length], *(row[length:] for row in rows), cut)
     return dict(zip((*IDS, CUT), values, strict=True))

@@ -14,7 +14,7 @@ from typing import Any, Union
 
 import numpy as np
 from torch.utils.data import IterableDataset
-from transformers.utils.logging import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from hf_prefix_patch.columns import TruncationMode, rows_of
 from hf_prefix_patch.trie import common_prefix
@@ -176,15 +176,17 @@ def read_index(
 def _examples(data: Any, progress: bool) -> Iterator[Mapping[str, Any]]:
     columns = [name for name in getattr(data, "column_names", ()) if name.endswith("_ids")]
     if not columns:
-        for index in tqdm(range(len(data)), "reading examples", disable=not progress):
+        for index in tqdm(range(len(data)), desc="reading examples", disable=not progress):
             yield data[index]
         return
     # Five times as fast as one by one.
     arrays = data.with_format("numpy", columns=columns)
-    for start in tqdm(range(0, len(data), _CHUNK), "reading examples", disable=not progress):
-        chunk = arrays[start : start + _CHUNK]
-        for values in zip(*chunk.values(), strict=True):
-            yield dict(zip(chunk, values, strict=True))
+    with tqdm(total=len(data), desc="reading examples", disable=not progress) as bar:
+        for start in range(0, len(data), _CHUNK):
+            chunk = arrays[start : start + _CHUNK]
+            for values in zip(*chunk.values(), strict=True):
+                yield dict(zip(chunk, values, strict=True))
+            bar.update(min(_CHUNK, len(data) - start))
 
 
 def _window_minima(values: Sequence[int]) -> list[array[int]]:

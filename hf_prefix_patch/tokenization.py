@@ -179,7 +179,7 @@ def _loop(
     tokenizer: Any,
     limit: int | None,
     progress: bool,
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[dict[str, Any]], list[str | None]]:
     """Records of the examples within the limit, and the cuts of all."""
     records, cuts = [], []
     remaining = iter(items)
@@ -196,7 +196,7 @@ def _loop(
 
 def _map(
     dataset: Any, tokenizer: Any, limit: int | None, num_proc: int | None, progress: bool
-) -> tuple[Any, list[str]]:
+) -> tuple[Any, list[str | None]]:
     """The same for a `Dataset`, all columns kept."""
     from datasets import List, Value
 
@@ -252,7 +252,7 @@ def _encode_columns(
     return {name: [record[name] for record in records] for name in (*IDS, CUT)}
 
 
-def _report(cuts: Sequence[str], left_out: int, limit: int | None) -> None:
+def _report(cuts: Sequence[str | None], left_out: int, limit: int | None) -> None:
     ends = [cut for cut in cuts if cut]
     if ends:
         # A warning, as there is something to mend; leaving out is what max_length asked for.
@@ -261,6 +261,14 @@ def _report(cuts: Sequence[str], left_out: int, limit: int | None) -> None:
             f"before an answer; that end ({ends[0]} in the first) is left out, so the model trains "
             "on another prompt than it is later given; use a chat template that renders prompts "
             "the same in both places, or end prompts between tokens",
+            stacklevel=3,
+        )
+    empty = sum(cut is None for cut in cuts)
+    if empty:
+        warnings.warn(
+            f"{empty} of {len(cuts)} examples have no prompt: it is empty, or there is no column "
+            "of that name and the answers do not begin alike; if the column has another name, "
+            "rename it to prompt",
             stacklevel=3,
         )
     if left_out:

@@ -16,6 +16,13 @@ def main(model: str, output: str, max_tokens: int) -> None:
     options = {"max_steps": -1, "num_train_epochs": 1, "learning_rate": 0.0}
     trainer = build_trainer(load(model), Path(output), lora=True, **options)
     handle = enable_prefix_sharing(trainer, max_tokens_per_batch=max_tokens)
+    losses, compute_loss = [], trainer.compute_loss
+
+    def noted(*args, **kwargs):
+        losses.append(compute_loss(*args, **kwargs))
+        return losses[-1]
+
+    trainer.compute_loss = noted
     trainer.train()
     log = trainer.state.log_history
     seen = {
@@ -23,7 +30,7 @@ def main(model: str, output: str, max_tokens: int) -> None:
         "row_tokens": handle.stats.row_tokens,
         "batches": len(handle.sampler),
         "steps": trainer.state.global_step,
-        "loss": log[-1]["train_loss"],
+        "losses": [loss.item() for loss in losses],  # times the weights of their batches
         "margins": [x["rewards/margins"] for x in log if "rewards/margins" in x],
     }
     print("seen", json.dumps(seen), flush=True)

@@ -39,7 +39,13 @@ from hf_prefix_patch import (
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 BUDGET = 200  # unique tokens; 12 pairs make three batches
-METHODS = ("log", "compute_loss", "get_train_dataloader", "get_total_train_batch_size")
+METHODS = (
+    "log",
+    "compute_loss",
+    "training_step",
+    "get_train_dataloader",
+    "get_total_train_batch_size",
+)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +181,18 @@ def test_a_training_run(llama, tmp_path):
     assert all(map(math.isfinite, losses))
 
 
+def test_what_is_logged_has_no_weight(llama, tmp_path):
+    """A fresh adapter is its own reference: every batch has the loss log 2, however large."""
+    trainer = build_trainer(load(llama), tmp_path, lora=True, learning_rate=0.0)
+    for name, x in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(x)
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET):
+        trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses == pytest.approx([math.log(2)] * 3, rel=1e-5)
+
+
 def test_steps_count_samples_by_the_mean_batch(llama, tmp_path):
     trainer = build_trainer(load(llama), tmp_path, lora=True)  # three steps
     with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET):
@@ -258,7 +276,8 @@ def test_two_processes(llama, tmp_path):
     )
     assert first["row_tokens"] != second["row_tokens"]
     assert first["row_tokens"] + second["row_tokens"] == 2 * rows  # policy and reference
-    assert first["loss"] == pytest.approx(want.log[-1]["train_loss"], rel=1e-5)
+    mean = sum(first["losses"] + second["losses"]) / first["batches"]
+    assert mean == pytest.approx(want.log[-1]["train_loss"], rel=1e-5)
     assert len(first["margins"]) == first["steps"]
 
 

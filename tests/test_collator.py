@@ -138,6 +138,21 @@ def test_reference_logps_in_a_packed_batch():
     assert batch["ref_rejected_logps"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["ref_chosen_logps", "ref_rejected_logps"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_reference_logps_of_some_examples(name, first):
+    examples = [dict(pair) for pair in PAIRS[:2]]
+    examples[first][name] = -1.0
+    with pytest.raises(ValueError, match=f"1 of 2 examples have {name}, but all or none must"):
+        DataCollatorWithPrefixSharing(pad_token_id=0)(examples)
+
+
+def test_a_packed_batch_needs_no_padding():
+    want = DataCollatorWithPrefixSharing(pad_token_id=0, layout="packed")(PAIRS)
+    got = DataCollatorWithPrefixSharing(pad_token_id=None, layout="packed")(PAIRS)
+    assert torch.equal(got["input_ids"], want["input_ids"])
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_packed_batches_through_a_loader_and_to_a_device(workers):
     collator = DataCollatorWithPrefixSharing(pad_token_id=0, layout="packed")
@@ -152,6 +167,7 @@ def test_packed_batches_through_a_loader_and_to_a_device(workers):
 
 
 BAD = {
+    "padding": ({"pad_token_id": None}, r"pad_token_id is None, .* or, if it has none, its eos_"),
     "mode": ({"truncation_mode": "middle"}, r"'middle', but must be 'keep_start' or 'keep_end'"),
     "layout": (
         {"layout": "padded"},
@@ -165,7 +181,7 @@ BAD = {
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        DataCollatorWithPrefixSharing(pad_token_id=0, **options)
+        DataCollatorWithPrefixSharing(**{"pad_token_id": 0} | options)
 
 
 @pytest.mark.parametrize("layout", ["rows", "packed"])

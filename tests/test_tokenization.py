@@ -24,7 +24,10 @@ from trl.data_utils import extract_prompt
 from hf_prefix_patch.tokenization import tokenize_preferences
 
 # TRL and transformers announce renamed and deprecated options; what they are is no concern here.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.* examples have no prompt"),
+]
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 TEMPLATE = (
@@ -413,3 +416,15 @@ def test_errors_of_the_template_name_the_example():
     with pytest.raises(Exception, match="no w7 here") as caught:
         ids([talk(), talk(), talk("w7"), talk()], tokenizer_with(template))
     assert caught.value.__notes__ == ["raised for example 2"]
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset"])
+def test_warning_of_missing_prompts(kind):
+    """Another name of the prompt column would otherwise go unnoticed."""
+    examples = [
+        {"question": "w1 w2", "chosen": "w3", "rejected": "<unk>"},
+        {"question": "w1 w2", "chosen": "w1 w2 w3", "rejected": "w1 w2 <unk>"},
+    ]
+    data = Dataset.from_list(examples) if kind == "dataset" else examples
+    with pytest.warns(UserWarning, match=r"1 of 2 examples have no prompt: .* rename it to prompt"):
+        tokenize_preferences(data, tiny_tokenizer(), progress=False)
