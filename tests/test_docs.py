@@ -1,11 +1,12 @@
-"""Code blocks of the README run, and the documents agree with the library."""
+"""Code blocks of the documents run, and they agree with the library."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from families import FAMILIES
-from tiny_trl import build_trainer, load, save_tiny_model
+from tiny_trl import build_trainer, load, preference_pairs, save_tiny_model, tiny_tokenizer
 
 import hf_prefix_patch
 
@@ -17,12 +18,17 @@ def python_blocks(text):
     return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
-@pytest.mark.parametrize("block", python_blocks(README))
-def test_readme_blocks_run(block, tmp_path, monkeypatch):
-    """Each block with a tiny model and trainer under the names that it uses."""
+BATCHES = (ROOT / "docs" / "batches.md").read_text()
+
+
+@pytest.mark.parametrize("block", python_blocks(README) + python_blocks(BATCHES))
+def test_blocks_run(block, tmp_path, monkeypatch):
+    """Each block with a tiny model, trainer, tokenizer and file under the names that it uses."""
     monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, preference_pairs())))
     trainer = build_trainer(load(save_tiny_model(tmp_path)), tmp_path, lora=True)
-    exec(block, {"model": trainer.model, "trainer": trainer})
+    names = {"model": trainer.model, "trainer": trainer, "tokenizer": tiny_tokenizer()}
+    exec(block, names)
 
 
 def test_before_and_after_stand_at_the_top():
