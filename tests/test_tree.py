@@ -127,6 +127,24 @@ def last_cells(batch):
 
 
 @given(batches())
+@settings(deadline=None, max_examples=200)
+def test_descriptors_give_the_tree_back(batch):
+    """All of it but the rows, of which those remain that no other continues."""
+    tree = PrefixTree.from_rows(*batch)
+    kwargs = {name: x for name, x in tree.model_kwargs().items() if isinstance(x, torch.Tensor)}
+    got = PrefixTree.from_descriptors(**kwargs)
+    assert got.parents == tree.parents
+    assert got.segment_lengths == tree.segment_lengths
+    for name in ("kv_index", "cu_seqlens_q", "cu_seqlens_k", "position_ids"):
+        assert torch.equal(getattr(got, name), getattr(tree, name)), name
+    packed = torch.arange(tree.packed_tokens)[None]
+    assert torch.equal(got.pack(got.unpack(packed)), packed)
+    leaves = set(range(len(tree.parents))) - set(tree.parents)
+    assert got.num_rows == len(leaves)
+    assert got.row_tokens == sum(tree.path_lengths[leaf] for leaf in leaves)
+
+
+@given(batches())
 @settings(deadline=None, max_examples=100)
 def test_gradients_sum_over_duplicates(batch):
     """unpack's gradient is pack-of-sums: a shared token receives what all its rows send."""
