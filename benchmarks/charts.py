@@ -36,9 +36,14 @@ def grouped_bars(
     groups: Sequence[str],
     bars: Mapping[str, Sequence[tuple[float, float]]],
     y_label: str,
+    unit: float | None = 1,
 ) -> None:
-    """Groups of bars; every bar has a value and its ideal, which stands as a mark."""
-    figure.set_size_inches(max(8, 1.8 * len(groups)), 4)
+    """Groups of bars; every bar has a value and its ideal, which stands as a mark.
+
+    A line marks `unit`: of ratios, where nothing is gained.
+    """
+    names_in_legend = 2.1 * (len(bars) + 1)
+    figure.set_size_inches(max(8, 1.8 * len(groups), names_in_legend), 4)
     axes = figure.subplots()
     width = 0.8 / len(bars)
     for i, (name, pairs) in enumerate(bars.items()):
@@ -47,7 +52,8 @@ def grouped_bars(
         label = "ideal" if i == 0 else None
         ideals = [ideal for _, ideal in pairs]
         axes.scatter(places, ideals, marker="_", s=90, color="black", zorder=3, label=label)
-    axes.axhline(1, color="grey", linewidth=0.8)
+    if unit is not None:
+        axes.axhline(unit, color="grey", linewidth=0.8)
     names = [fill(name.replace("_", " "), 16) for name in groups]
     axes.set_xticks(range(len(groups)), names)
     axes.set_ylabel(y_label)

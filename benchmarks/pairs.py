@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -102,6 +103,18 @@ def synthetic_pairs(
         answers = [draw(answer * exp(sigma / 2 * z[i])) for z in (chosen, rejected)]
         pairs.append(Pair(draw(length - answer), *answers))
     return pairs
+
+
+def load_tokenizer(path: str | None) -> Any:
+    """The tokenizer in a folder, or that of SmolLM2."""
+    from transformers import AutoTokenizer
+
+    if path is None:
+        sys.path.append(str(Path(__file__).parents[1] / "examples"))
+        from smollm2 import smollm2_path
+
+        path = str(smollm2_path())
+    return AutoTokenizer.from_pretrained(path)
 
 
 def read_pairs(

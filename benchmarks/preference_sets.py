@@ -15,7 +15,6 @@ mask computes more than the visible pairs that are counted for it.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,17 @@ import torch.nn.functional as F
 from charts import grouped_bars
 from decoder import build_decoder, row_pairs, step_flops, tree_pairs
 from measure import Side, parse, peak_memory, setting, time_in_turn
-from pairs import MODES, Batch, Pair, collate, in_mode, read_pairs, renumber, synthetic_pairs
+from pairs import (
+    MODES,
+    Batch,
+    Pair,
+    collate,
+    in_mode,
+    load_tokenizer,
+    read_pairs,
+    renumber,
+    synthetic_pairs,
+)
 from report import write_table
 from torch import Tensor
 from tqdm import tqdm
@@ -122,14 +131,7 @@ def named_sets(args: argparse.Namespace, vocab: int) -> Iterator[tuple[str, list
             length, ratio, _ = PAPER[name]
             yield name, synthetic_pairs(count, length, ratio, args.sigma, vocab)
         return
-    from transformers import AutoTokenizer
-
-    if args.tokenizer is None:
-        sys.path.append(str(Path(__file__).parents[1] / "examples"))
-        from smollm2 import smollm2_path
-
-        args.tokenizer = smollm2_path()
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
     for path in args.data:
         pairs = read_pairs(path, tokenizer, count, args.max_length, not args.keep_order)
         yield path.stem, renumber(pairs, vocab)

@@ -106,16 +106,17 @@ class DataCollatorWithPrefixSharing:
             raise ValueError("got no examples, but a batch needs at least one")
         by_example = [rows_of(x, self.max_length, self.truncation_mode) for x in examples]
         rows = [row for column in zip(*by_example, strict=True) for row in column]
-        ids, mask, completion = self._pad(rows)
-        plan = Plan.of_rows(ids, mask)
+        ids, real, completion = self._pad(rows)
+        plan = Plan.of_host_rows(ids, real)
         if plan.tree is None:
             raise ValueError(f"{len(examples)} examples have {plan.reason}; leave empty ones out")
         passed_on = _reference_logps(examples)
         if self.layout == "packed":
             return BatchEncoding(_packed_batch(plan, ids, completion) | passed_on)
-        tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        mask = torch.from_numpy(real.astype(np.int64))
+        tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": mask}
         batch: dict[str, Any] = {**attach_plan(plan, tensors)}
-        batch["completion_mask"] = torch.from_numpy(completion)
+        batch["completion_mask"] = torch.from_numpy(completion.astype(np.int64))
         return batch | passed_on
 
     @staticmethod
@@ -140,7 +141,7 @@ class DataCollatorWithPrefixSharing:
         return collator if planned else PlanningCollator(collator)
 
     def _pad(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, attention mask and completion mask of the rows, `[R, L]` int64."""
+        """Ids, int64, and which cells are real and of completions, bool, `[R, L]` each."""
         length = max(len(row.ids) for row in rows)
         if self.pad_to_multiple_of is not None:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -152,7 +153,7 @@ class DataCollatorWithPrefixSharing:
             line[: len(row.ids)] = row.ids
         real = np.arange(length) < lengths
         completion = real & (np.arange(length) >= prompts)
-        return ids, real.astype(np.int64), completion.astype(np.int64)
+        return ids, real, completion
 
 
 class PlanningCollator:
@@ -208,15 +209,16 @@ def _packed_batch(plan: Plan, ids: np.ndarray, completion: np.ndarray) -> dict[s
     assert isinstance(tree, PrefixTree)
     packed = np.empty(ids.size, np.int64)
     packed[tree.cell.numpy()] = tree.packed_index.numpy()
-    predicted = completion.astype(bool)
-    predicted[:, 0] = False  # nothing stands before it
-    cells = np.flatnonzero(predicted)
-    _, first, index = np.unique(packed[cells], return_index=True, return_inverse=True)
+    completion[:, 0] = False  # nothing stands before it
+    cells = np.flatnonzero(completion)
+    predicted = np.zeros(tree.packed_tokens, bool)
+    predicted[packed[cells]] = True
+    first = tree.source.numpy()[predicted]  # cells that the distinct tokens are read from
     arrays = {
-        "logit_index": packed[cells[first] - 1],
-        "logit_labels": ids.reshape(-1)[cells[first]],
-        "completion_index": index,
-        "completion_lengths": predicted.sum(1),
+        "logit_index": packed[first - 1],
+        "logit_labels": ids.reshape(-1)[first],
+        "completion_index": (np.cumsum(predicted) - 1)[packed[cells]],
+        "completion_lengths": completion.sum(1),
     }
     row = attach_plan(plan, {"input_ids": tree.pack(torch.from_numpy(ids))}, PackedRow)
     return {

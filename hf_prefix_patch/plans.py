@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,16 +42,23 @@ class Plan:
         position_ids: ArrayLike | None = None,
     ) -> Plan:
         """Plan the `[R, L]` rows of a call; shapes as in `PrefixTree.from_rows`."""
-        ids, mask, positions = host_rows(input_ids, attention_mask, position_ids)
+        return cls.of_host_rows(*host_rows(input_ids, attention_mask, position_ids))
+
+    @classmethod
+    def of_host_rows(
+        cls, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray | None = None
+    ) -> Plan:
+        """The same for arrays as `host_rows` returns them."""
         if has_holes(mask):
             return cls(None, "attention mask with holes")
         if not mask.any():
             return cls(None, "no real token")
-        if positions[mask].min() < 0:
+        if positions is not None and positions[mask].min() < 0:
             return cls(None, "negative position_ids")
         tree = PrefixTree.from_host_rows(ids, mask, positions)
         gains = tree.packed_tokens < tree.padded_tokens
-        beyond = bool(positions.max() > positions[mask].max())
+        last = ids.shape[1] - 1 if positions is None else int(positions.max())
+        beyond = last > int(tree.position_ids.max())
         return cls(tree, None if gains else NOTHING_TO_GAIN, beyond)
 
     def on(self, device: torch.device) -> PrefixTree:

@@ -200,8 +200,9 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
         most = self._num_pairs // ranks * ranks  # no batch is empty
         if most == 0:
             raise ValueError(
-                f"{self._num_pairs} pairs are within the limits, but each of num_replicas={ranks} "
-                "ranks needs one; give more data, raise max_tokens or use fewer ranks"
+                f"{self._num_pairs} pairs are within the limits ({len(self.skipped)} exceed "
+                f"max_tokens), but each of num_replicas={ranks} ranks needs one; give more data, "
+                "raise max_tokens or use fewer ranks"
             )
         epochs = range(_TRIALS if self._shuffle else 1)
         counts = [len(self._packing.pack(self._groups, self._rng(epoch))) for epoch in epochs]

@@ -116,14 +116,21 @@ class PrefixTree:
         cls,
         ids: np.ndarray,
         mask: np.ndarray,
-        positions: np.ndarray,
+        positions: np.ndarray | None,
         device: torch.device = _HOST,
     ) -> PrefixTree:
         """Plan what `host_rows` returned, without holes and with a real token."""
         _check_range("input_ids", ids[mask], _MAX_TOKEN_ID)
-        _check_range("position_ids", positions[mask], _MAX_POSITION)
-        plan = trie_of_rows((ids << 32) | positions, mask)
-        plan["position_ids"] = positions.reshape(1, -1)[:, plan["source"]]
+        if positions is not None:
+            _check_range("position_ids", positions[mask], _MAX_POSITION)
+        length = ids.shape[1]
+        plan = trie_of_rows(
+            (ids << 32) | (np.arange(length) if positions is None else positions), mask
+        )
+        source = plan["source"]
+        plan["position_ids"] = (source % length if positions is None else positions.flat[source])[
+            None
+        ]
         return cls._of_arrays(ids.shape[0], ids.shape[1], plan, device)
 
     @classmethod
@@ -272,8 +279,11 @@ def has_holes(mask: np.ndarray) -> bool:
 
 def host_rows(
     input_ids: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids int64, mask bool, positions int64 as `[R, L]` arrays; one copy from the device."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Ids int64, mask bool, positions int64 as `[R, L]` arrays; one copy from the device.
+
+    Positions are None, as given, where they are the columns.
+    """
     ids = _as_rows("input_ids", input_ids)
     given = [ids]
     if attention_mask is not None:
@@ -284,8 +294,7 @@ def host_rows(
     host = torch.stack([x.to(device, torch.int64) for x in given]).cpu().numpy()
     rest = iter(host[1:])
     mask = next(rest).astype(bool) if attention_mask is not None else np.ones(ids.shape, bool)
-    columns = np.tile(np.arange(ids.shape[1]), (ids.shape[0], 1))
-    return host[0], mask, next(rest) if position_ids is not None else columns
+    return host[0], mask, next(rest, None)
 
 
 def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor:

@@ -5,6 +5,8 @@ Knows numpy only.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import numpy as np
 
 
@@ -15,54 +17,62 @@ def trie_of_rows(symbols: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]
     exactly what it shares with any earlier row, and adds the rest of its path to the packed row.
     """
     num_rows, length = symbols.shape
-    starts, sizes = mask.argmax(1).tolist(), mask.sum(1).tolist()
-    tokens = [symbols[r, starts[r] : starts[r] + sizes[r]] for r in range(num_rows)]
-    counted = np.arange(sum(sizes))
-    source = np.empty_like(counted)
-    paths: list[np.ndarray] = [counted[:0]] * num_rows
-    branches: list[tuple[np.ndarray, int, int]] = []  # path, tokens shared, offset of the others
-    offset, before, before_path = 0, symbols[0, :0], counted[:0]
+    starts, sizes = mask.argmax(1), mask.sum(1)
+    ends = np.cumsum(sizes)
+    firsts, counts, stops = starts.tolist(), sizes.tolist(), ends.tolist()
+    tokens = [symbols[r, firsts[r] : firsts[r] + counts[r]] for r in range(num_rows)]
+    packed_index, numbers = np.empty(stops[-1], np.int64), np.arange(stops[-1])
+    paths = [packed_index[stop - n : stop] for stop, n in zip(stops, counts, strict=True)]
+    branches: list[tuple[int, int, int, int]] = []
+    cuts, offset = {0}, 0
+    before, before_path = symbols[0, :0], numbers[:0]
     for row in sorted(range(num_rows), key=lambda r: tokens[r].tobytes()):
-        shared = common_prefix(tokens[row], before)
-        end = offset + sizes[row] - shared
-        path = np.concatenate([before_path[:shared], counted[offset:end]])
-        if end > offset:
-            branches.append((path, shared, offset))
-            first = row * length + starts[row] + shared
-            source[offset:end] = np.arange(first, first + end - offset)
-        paths[row], before, before_path, offset = path, tokens[row], path, end
+        path, shared = paths[row], common_prefix(tokens[row], before)
+        path[:shared] = before_path[:shared]
+        added = counts[row] - shared
+        if added:
+            path[shared:] = numbers[offset : offset + added]
+            parent = int(path[shared - 1]) if shared else -1
+            branches.append((row, shared, offset, parent))
+            cuts |= {offset, parent + 1}
+            offset += added
+        before, before_path = tokens[row], path
+    rows, common, offsets, _ = np.array(branches).T
+    # From the place of an added token in the packed row to its cell.
+    shift = rows * length + starts[rows] + common - offsets
     return {
-        "source": source[:offset].copy(),
+        "source": numbers[:offset] + np.repeat(shift, np.diff(offsets, append=offset)),
         "cell": np.flatnonzero(mask.reshape(-1)),
-        "packed_index": np.concatenate(paths),
-        **_segments(branches, offset),
+        "packed_index": packed_index,
+        **_segments(sorted(cuts | {offset}), branches, paths),
     }
 
 
-def _segments(branches: list[tuple[np.ndarray, int, int]], tokens: int) -> dict[str, np.ndarray]:
+def _segments(
+    cu_q: list[int], branches: list[tuple[int, int, int, int]], paths: list[np.ndarray]
+) -> dict[str, np.ndarray]:
     """Boundaries, parents and root-to-segment paths of the segments, in packed order.
 
     Args:
-        branches: of each row that adds tokens, in packed order: its path, how many of its tokens an
-            earlier row has, and where the others begin in the packed row.
-        tokens: in the packed row.
+        cu_q: where segments begin, and the end of the last.
+        branches: of each row that adds tokens, in packed order: the row, how many of its tokens an
+            earlier row has, where the others begin in the packed row, and the token before those.
+        paths: of every row, as packed positions.
     """
-    offsets = np.array([offset for _, _, offset in branches])
-    forks = [int(path[shared - 1]) + 1 for path, shared, _ in branches if shared]
-    cu_q = np.unique(np.concatenate([offsets, np.array([tokens, *forks])]))
-    of_branch = np.searchsorted(offsets, cu_q[:-1], side="right") - 1
-    shared = np.array([shared for _, shared, _ in branches])
-    # How many tokens stand above each segment on its path, and at its end.
-    above = shared[of_branch] + cu_q[:-1] - offsets[of_branch]
-    below = (above + np.diff(cu_q)).tolist()
-    own = [branches[branch][0] for branch in of_branch.tolist()]
-    last = np.array([path[n - 1] if n else -1 for path, n in zip(own, above.tolist(), strict=True)])
-    kv_paths = [path[:n] for path, n in zip(own, below, strict=True)]
+    parents: list[int] = []
+    kv_paths: list[np.ndarray] = []
+    stops = [*(offset for _, _, offset, _ in branches[1:]), cu_q[-1]]
+    for (row, shared, offset, parent), stop in zip(branches, stops, strict=True):
+        above = bisect_right(cu_q, parent) - 1
+        while cu_q[len(parents)] < stop:
+            parents.append(above)
+            above = len(parents) - 1
+            kv_paths.append(paths[row][: shared + cu_q[len(parents)] - offset])
     return {
         "kv_index": np.concatenate(kv_paths),
-        "cu_seqlens_q": cu_q.astype(np.int32),
-        "cu_seqlens_k": np.cumsum([0, *below]).astype(np.int32),
-        "parents": np.searchsorted(cu_q, last, side="right") - 1,
+        "cu_seqlens_q": np.array(cu_q, np.int32),
+        "cu_seqlens_k": np.cumsum([0, *map(len, kv_paths)], dtype=np.int32),
+        "parents": np.array(parents, np.int64),
     }
 
 

@@ -66,8 +66,8 @@ class Batches(TrainerCallback):
 def count_planning(monkeypatch):
     """A call a plan that is made; in the main process, where the batch is collated too."""
     made = []
-    original = plans.Plan.of_rows
-    monkeypatch.setattr(plans.Plan, "of_rows", lambda *rows: made.append(1) or original(*rows))
+    original = plans.Plan.of_host_rows
+    monkeypatch.setattr(plans.Plan, "of_host_rows", lambda *rows: made.append(1) or original(*rows))
     return made
 
 

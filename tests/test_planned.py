@@ -46,7 +46,7 @@ def no_planning(monkeypatch):
     def fail(*rows):
         raise AssertionError("rows were planned where they had a plan")
 
-    monkeypatch.setattr(plans.Plan, "of_rows", fail)
+    monkeypatch.setattr(plans.Plan, "of_host_rows", fail)
 
 
 def inputs_of(batch):
@@ -98,12 +98,12 @@ def test_workers(no_planning, workers):
     assert not sharing.stats.bypassed
 
 
-_plan_of_rows = Plan.of_rows
+_plan_of_rows = Plan.of_host_rows
 
 
 def _collate_anyhow(examples):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans.Plan, "of_rows", _plan_of_rows)
+        patch.setattr(plans.Plan, "of_host_rows", _plan_of_rows)
         return collate(examples)
 
 

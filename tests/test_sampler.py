@@ -283,10 +283,11 @@ def test_pairs_over_the_budget_are_named():
 def test_ranks_without_a_pair_are_refused():
     pairs = pairs_of([1, 1, 1])
     with pytest.raises(
-        ValueError, match="3 pairs are within the limits, but each of num_replicas=4"
+        ValueError,
+        match=r"3 pairs are within the limits \(0 exceed max_tokens\), but each of num_replicas=4",
     ):
         Sampler(pairs, max_pairs=1, num_replicas=4)
-    with pytest.raises(ValueError, match="0 pairs are within the limits"):
+    with pytest.raises(ValueError, match=r"0 pairs are within the limits \(\d+ exceed"):
         Sampler(pairs, 5, oversized="skip")
     with pytest.raises(ValueError, match=r"3 pairs make 3 batches .*num_replicas=2; .*1 pairs out"):
         Sampler(pairs, max_pairs=1, num_replicas=2)
