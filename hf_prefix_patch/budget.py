@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import seed_worker
 
+from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
+from hf_prefix_patch.planned import PlannedTensor
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 
-DEFAULT_SAMPLING = "random"
+_BY_DEFAULT = "random"
+_COUNTED = 3  # examples whose tokens are counted in the trainer's batches too
 
 
 class TokenBudget:
@@ -45,13 +51,13 @@ class TokenBudget:
             "num_replicas": trainer.accelerator.num_processes,
             "progress": not args.disable_tqdm,
         }
-        dataset = trainer.train_dataset
-        self.sampler = PrefixSharingBatchSampler(dataset, max_tokens, **(ours | dict(options)))
+        options = ours | dict(options)
+        self.sampler = PrefixSharingBatchSampler(trainer.train_dataset, max_tokens, **options)
         self.callback = _SetEpoch(self.sampler)
         self._trainer = trainer
         self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step
         self._gather = trainer.accelerator.gather
-        self._rows_name, self._rows_per_pair = _rows_of_one(collator, dataset)
+        self._rows_name, self._rows_per_pair = self._check_rows()
 
     @property
     def overrides(self) -> list[tuple[Any, str, Any]]:
@@ -69,12 +75,8 @@ class TokenBudget:
 
     def dataloader(self) -> DataLoader[Any]:
         """What `Trainer.get_train_dataloader` gives, over the batches of the sampler."""
-        trainer, args = self._trainer, self._trainer.args
-        dataset, collator = trainer.train_dataset, trainer.data_collator
-        if hasattr(dataset, "column_names"):
-            dataset = trainer._remove_unused_columns(dataset, description="training")
-        else:
-            collator = trainer._get_collator_with_removed_columns(collator, description="training")
+        args = self._trainer.args
+        dataset, collator = self._data()
         loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=self.sampler,
@@ -83,9 +85,54 @@ class TokenBudget:
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+            in_order=getattr(args, "dataloader_in_order", True),
+            worker_init_fn=partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
         )
-        prepared: DataLoader[Any] = trainer.accelerator.prepare(loader)
+        prepared: DataLoader[Any] = self._trainer.accelerator.prepare(loader)
         return prepared
+
+    def _data(self) -> tuple[Any, Any]:
+        """Data set and collator, columns that the model does not take removed in either."""
+        trainer, dataset = self._trainer, self._trainer.train_dataset
+        collator = DataCollatorWithPrefixSharing.wrap(trainer.data_collator)
+        if hasattr(dataset, "column_names"):
+            return trainer._remove_unused_columns(dataset, description="training"), collator
+        return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
+
+    def _check_rows(self) -> tuple[str, int]:
+        """A tensor of rows in the trainer's batches, and how many of its rows an example makes.
+
+        Raises:
+            ValueError: there is none, or it holds other tokens than the sampler counts.
+        """
+        dataset, collator = self._data()
+        kept = sorted(set(range(len(dataset))) - set(self.sampler.skipped))[:_COUNTED]
+        groups = [*([i] for i in kept), kept]  # one by one, and together
+        with torch.random.fork_rng(devices=[]):
+            batches = [collator([dataset[i] for i in group]) for group in groups]
+        names = [
+            name
+            for name, x in batches[0].items()
+            if name.endswith("input_ids") and isinstance(x, PlannedTensor)
+        ]
+        if not names:
+            raise ValueError(
+                f"the trainer's collator makes batches of {sorted(batches[0])}, but "
+                "max_tokens_per_batch needs rows of input_ids to count; use one that yields rows"
+            )
+        rows = [batch[names[0]].shape[0] for batch in batches]
+        seen = [_packed_tokens(batch, names) for batch in batches]
+        counted = [self.sampler.unique_tokens(group) for group in groups]
+        if seen != counted or rows != [rows[0] * len(group) for group in groups]:
+            raise ValueError(
+                f"the trainer's batches of the first examples have {seen} unique tokens in {rows} "
+                f"rows, but max_tokens_per_batch counts {counted} in the columns of its data set; "
+                "this trainer makes other rows of them, so use its own batches"
+            )
+        return names[0], rows[0]
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss, in training times the weight of the batch."""
@@ -107,7 +154,11 @@ class TokenBudget:
     def gather(self, tensor: Any) -> Any:
         """The accelerator's, for tensors that are longer on one process than on another: trainers
         gather a number for each pair."""
-        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+        gathered: Any = recursively_apply(self._gather_one, tensor)
+        return gathered
+
+    def _gather_one(self, tensor: Tensor) -> Any:
+        if tensor.ndim == 0:
             return self._gather(tensor)
         sizes = self._gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
         if len(set(sizes)) == 1:
@@ -137,11 +188,23 @@ class _SetEpoch(TrainerCallback):
 
 def _check_arguments(trainer: Any) -> None:
     args = trainer.args
-    sampling = getattr(args, "train_sampling_strategy", DEFAULT_SAMPLING)
-    if sampling != DEFAULT_SAMPLING or getattr(args, "group_by_length", False):
+    sampling = getattr(args, "train_sampling_strategy", _BY_DEFAULT)
+    if sampling != _BY_DEFAULT or getattr(args, "group_by_length", False):
         raise ValueError(
             f"max_tokens_per_batch chooses the batches, and so does the trainer's "
             f"train_sampling_strategy={sampling!r} or group_by_length; use one of them"
+        )
+    for name in ("get_train_dataloader", "_get_train_sampler"):
+        if getattr(type(trainer), name) is not getattr(Trainer, name):
+            raise ValueError(
+                f"max_tokens_per_batch chooses the batches, and so does {type(trainer).__name__}, "
+                f"which has a {name} of its own; leave it out for this trainer"
+            )
+    if args.auto_find_batch_size or args.n_gpu > 1:
+        raise ValueError(
+            "max_tokens_per_batch sizes the batch of one device, which auto_find_batch_size would "
+            "halve and DataParallel (several devices in one process) would split; switch the first "
+            "off, and launch a process a device"
         )
     if trainer.accelerator.dispatch_batches or trainer.accelerator.split_batches:
         raise ValueError(
@@ -153,13 +216,6 @@ def _check_arguments(trainer: Any) -> None:
         raise ValueError("max_tokens_per_batch needs a trainer with a train_dataset; give it one")
 
 
-def _rows_of_one(collator: Any, dataset: Any) -> tuple[str, int]:
-    """A tensor of rows in the trainer's batches, and how many of its rows one example makes."""
-    batch = collator([dataset[0]])
-    for name, x in batch.items():
-        if name.endswith("input_ids") and isinstance(x, Tensor) and x.ndim == 2:
-            return name, x.shape[0]
-    raise ValueError(
-        f"the trainer's collator makes batches of {sorted(batch)}, but max_tokens_per_batch needs "
-        "rows of input_ids to count the pairs of a batch; use a collator that yields rows"
-    )
+def _packed_tokens(batch: Mapping[str, Any], names: list[str]) -> int:
+    trees = [batch[name].prefix_tree for name in names]
+    return sum(tree.packed_tokens for tree in trees if tree is not None)

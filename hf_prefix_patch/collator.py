@@ -12,9 +12,14 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from hf_prefix_patch.attention import EMPTY_MASK
-from hf_prefix_patch.columns import Row, TruncationMode, check_truncation_mode, rows_of
-from hf_prefix_patch.packed import REFERENCE_LOGPS
-from hf_prefix_patch.planned import PackedRow, PlannedTensor, attach_plan
+from hf_prefix_patch.columns import (
+    REFERENCE_LOGPS,
+    Row,
+    TruncationMode,
+    check_truncation_mode,
+    rows_of,
+)
+from hf_prefix_patch.planned import PlannedTensor, attach_plan
 from hf_prefix_patch.plans import ROW_INPUTS, Plan
 from hf_prefix_patch.tree import PrefixTree
 
@@ -220,10 +225,11 @@ def _packed_batch(plan: Plan, ids: np.ndarray, completion: np.ndarray) -> dict[s
         "completion_index": (np.cumsum(predicted) - 1)[packed[cells]],
         "completion_lengths": completion.sum(1),
     }
-    row = attach_plan(plan, {"input_ids": tree.pack(torch.from_numpy(ids))}, PackedRow)
+    call = {"input_ids": tree.pack(torch.from_numpy(ids)), **tree.model_kwargs()}
+    planned = attach_plan(plan, {name: x for name, x in call.items() if isinstance(x, Tensor)})
+    planned["input_ids"] = planned["input_ids"].as_packed_row()
     return {
-        **row,
+        **(call | planned),
         "attention_mask": torch.zeros(EMPTY_MASK),
-        **tree.model_kwargs(),
         **{name: torch.from_numpy(x) for name, x in arrays.items()},
     }

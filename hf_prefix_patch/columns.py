@@ -12,6 +12,9 @@ import numpy as np
 
 TruncationMode = Literal["keep_start", "keep_end"]
 
+REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+"""Columns of precomputed reference log-probs."""
+
 _PREFERENCES = ("chosen", "rejected")
 
 
@@ -37,7 +40,8 @@ def rows_of(
     Args:
         example: `prompt_ids`, `chosen_ids` and `rejected_ids` (two rows), the last two without a
             prompt (two rows that are completion throughout), `prompt_ids` and `completion_ids` (one
-            row) or `input_ids` (one). Names that end in `_input_ids` mean the same.
+            row) or `input_ids` (one). Names that end in `_input_ids` mean the same; there, a
+            completion may begin with its prompt (ORPO and CPO of TRL).
         max_length: longest row; None for any length.
         truncation_mode: the end of a row that stays.
 
@@ -49,7 +53,9 @@ def rows_of(
     start = np.empty(0, np.int64) if prompt is None else prompt
     rows = []
     for name in names:
-        ids = np.concatenate([start, _as_ids(example[name])])
+        ids = _as_ids(example[name])
+        whole = name.endswith("_input_ids") and np.array_equal(ids[: len(start)], start)
+        ids = ids if whole else np.concatenate([start, ids])
         cut = 0 if max_length is None else max(0, len(ids) - max_length)
         if truncation_mode == "keep_start":
             rows.append(Row(ids[: len(ids) - cut], min(len(start), len(ids) - cut)))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import RLock
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from hf_prefix_patch.columns import REFERENCE_LOGPS
 from hf_prefix_patch.head import linear_logps
 from hf_prefix_patch.hooks import patch_of
-from hf_prefix_patch.packed import LOSS_INPUTS, REFERENCE_LOGPS, is_packed
+from hf_prefix_patch.packed import LOSS_INPUTS, is_packed
 from hf_prefix_patch.wrappers import backbone_of, called_module, unwrap
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "labels", *LOSS_INPUTS, *REFERENCE_LOGPS}
-_COMPARED = 4  # tokens whose log-probs are held against the model's own logits, once a head
+_COMPARED = 4  # hidden states whose logits are held against the model's own, once a head
+_AMPLIFIED = 1e3  # and once more so much larger, where a soft cap shows
 _TOKENS_AT_ONCE = 128  # for heads that are not a plain linear layer
 
 
@@ -36,16 +39,18 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Any], per_token: bool
         per_token: the log-probs of single tokens instead of their sums.
 
     Returns:
-        fp32, `[R]`: sums over the completion tokens of a row, of which the first token of a row is
-        none, as nothing predicts it. With `per_token`, `[C]`: those of all rows, one after another.
+        fp32, `[R]`: sums over the completion tokens of a row. The first token of a row is none, as
+        nothing predicts it, nor is padding. With `per_token`, `[C]`: those of all rows, one after
+        another.
 
     Raises:
         TypeError: `model` holds no causal LM.
-        ValueError: `batch` says nothing of completions.
+        ValueError: `batch` says nothing of completions, or the model was made to give its head a
+            part of the hidden states (`logits_to_keep`).
         RuntimeError: a packed batch for a model that is not patched, or a model that did not call
             its LM head.
-        NotImplementedError: a model that changes its logits after the LM head in a way that its
-            config does not tell.
+        NotImplementedError: a model that changes its logits after the LM head in another way than
+            its config is known to tell.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,8 +122,11 @@ def _completion_tokens(batch: Mapping[str, Any]) -> _Tokens:
             f"completion_mask has shape {list(mask.shape)}, but input_ids {list(ids.shape)}; both "
             "must be the rows of one batch"
         )
-    predicted = mask != 0
+    real = batch.get("attention_mask")
+    predicted = mask != 0 if real is None else (mask != 0) & (real != 0)
     predicted[:, 0] = False
+    if real is not None:
+        predicted[:, 1:] &= real[:, :-1] != 0
     cells = predicted.flatten().nonzero()[:, 0]
     return _Tokens(cells - 1, ids.flatten()[cells], None, predicted.sum(1))
 
@@ -128,10 +136,13 @@ def logit_options(config: Any) -> tuple[float, float | None]:
     config = config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
+        if isinstance(getattr(config, name, None), int | float):
             return float(getattr(config, name)), softcap
     scaling = getattr(config, "logits_scaling", None)
-    return 1.0 if scaling is None else 1.0 / scaling, softcap
+    if scaling is None:
+        return 1.0, softcap
+    # Granite divides by it.
+    return (scaling if config.model_type == "hyperclovax" else 1.0 / scaling), softcap
 
 
 class _HeadCall:
@@ -142,64 +153,85 @@ class _HeadCall:
 
     def __init__(self, causal_lm: PreTrainedModel, head: nn.Module, tokens: _Tokens) -> None:
         self._name, self._head, self._tokens = type(causal_lm).__name__, head, tokens
-        self._scale, self._softcap = logit_options(causal_lm.config)
+        self._options = logit_options(causal_lm.config)
+        self._cells = 0  # hidden states of the call
         self._logps: Tensor | None = None
-        self._expected: Tensor | None = None  # of the tokens that the head is given
+        self._raw: Tensor | None = None  # what the head made of the few that it was given
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        called = called_module(model)
+        called, self._cells = called_module(model), inputs["input_ids"].numel()
         # Compiled code was made without the hooks; the layers inside may well be compiled.
-        target = called if hasattr(model, "_orig_mod") else model
-        hooks = [
-            self._head.register_forward_pre_hook(self._before_head),
-            called.register_forward_hook(self._after_model),
-        ]
-        try:
-            logps: Tensor = target(**inputs, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        target = getattr(model, "_orig_mod", model)
+        with _locks.setdefault(self._head, RLock()):
+            hooks = [
+                self._head.register_forward_pre_hook(self._before_head),
+                self._head.register_forward_hook(self._after_head),
+                called.register_forward_hook(self._after_model),
+            ]
+            try:
+                logps: Tensor = target(**inputs, use_cache=False)
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return logps
 
     def _before_head(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
         rows = hidden.flatten(0, -2)
+        if len(rows) != self._cells or self._logps is not None:
+            raise ValueError(
+                f"{self._name} gave its LM head {len(rows)} hidden states of {self._cells} tokens, "
+                "or called it again, but completion_logps needs them all at once; leave out "
+                "logits_to_keep, or take log-probs from the model's logits"
+            )
         chosen = rows.index_select(0, self._tokens.cells.to(rows.device))
         labels = self._tokens.labels.to(rows.device)
-        self._logps = _head_logps(head, chosen, labels, self._scale, self._softcap)
-        few = 1 if head in _compared else _COMPARED
-        if len(chosen):
-            rows, self._expected = chosen, self._logps[:few].detach()
-        return (rows[:few].detach().unsqueeze(0), *rest)
+        self._logps = _head_logps(head, chosen, labels, *self._options)
+        few = rows[:1].detach()
+        if self._unknown:
+            few = (chosen if len(chosen) else rows)[:_COMPARED].detach()
+            few = torch.cat([few, few * _AMPLIFIED])
+        return (few.unsqueeze(0), *rest)
+
+    @property
+    def _unknown(self) -> bool:
+        """Whether the head's logits have not been compared with the model's."""
+        return _compared.get(self._head) != self._options
+
+    def _after_head(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._raw = output.detach()
 
     def _after_model(self, called: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        if self._logps is None:
+        if self._logps is None or self._raw is None:
             raise RuntimeError(
                 f"{self._name} did not call its LM head as a module, so completion_logps cannot "
                 "compute log-probs there; take them from the model's logits"
             )
-        if self._expected is not None and self._head not in _compared:
+        if self._unknown:
             logits = output[0] if isinstance(output, tuple) else output.logits
-            self._compare(logits[0].detach(), self._expected)
-            _compared.add(self._head)
+            self._compare(logits.detach(), self._raw)
+            _compared[self._head] = self._options
         return self._logps
 
-    def _compare(self, logits: Tensor, expected: Tensor) -> None:
-        """Hold a few log-probs against the logits that the model makes of the same tokens."""
-        labels = self._tokens.labels[: len(expected)].to(logits.device)
-        own = logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
-        # The rounding of a logit is that of its log-prob.
-        rounding = torch.finfo(logits.dtype).eps * max(1.0, logits.abs().max().item())
-        error, allowed = (own - expected.double()).abs().max().item(), max(8 * rounding, 1e-4)
-        if not error <= allowed:
+    def _compare(self, logits: Tensor, raw: Tensor) -> None:
+        """Hold the model's own logits against what `linear_logps` makes of those of the head."""
+        scale, softcap = self._options
+        finite = raw.isfinite()  # amplified, some overflow in fp16
+        known = raw.double().masked_fill(~finite, 0.0) * scale
+        known = known if softcap is None else softcap * torch.tanh(known / softcap)
+        # Each token by its own largest logit: rounding in the dtype of the head.
+        size = known.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
+        error = ((logits.double() - known).abs() / size).masked_fill(~finite, 0.0).max().item()
+        if not error <= 8 * torch.finfo(raw.dtype).eps:
             raise NotImplementedError(
-                f"{self._name} changes its logits after the LM head in a way that its config does "
-                f"not tell (log-probs differ by {error:.1e}, rounding allows {allowed:.1e}); take "
-                "log-probs from its logits"
+                f"{self._name} changes its logits after the LM head in another way than its config "
+                f"is known to tell (they differ by {error:.1e} of the largest from factor {scale}, "
+                f"soft cap {softcap}); take log-probs from its logits"
             )
 
 
-_compared: WeakSet[nn.Module] = WeakSet()  # heads whose log-probs agreed with the model's logits
+_compared: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # two threads may run one model
 
 
 def _head_logps(

@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.planned import plan_of
+from hf_prefix_patch.attention import EMPTY_MASK
+from hf_prefix_patch.columns import REFERENCE_LOGPS
+from hf_prefix_patch.planned import common_plan
 from hf_prefix_patch.plans import Plan
 from hf_prefix_patch.support import bypass_reason
 from hf_prefix_patch.tree import PrefixTree
 
 LOSS_INPUTS = ("logit_index", "logit_labels", "completion_index", "completion_lengths")
 """What a packed batch holds for its loss: see `DataCollatorWithPrefixSharing`."""
-
-REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 
 _ROUTERS = "output_router_logits"
 _DESCRIPTORS = ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")
@@ -41,7 +41,14 @@ def take_packed(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Plan
             f"a call with tree_* descriptors has {given}, but needs the packed row [1, N]; pass "
             "rows without descriptors, or both of PrefixTree.pack and PrefixTree.model_kwargs"
         )
-    plan = plan_of({"input_ids": ids}) or _plan_of_descriptors(inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None and tuple(mask.shape) != EMPTY_MASK:
+        raise ValueError(
+            f"a packed row came with an attention_mask of shape {list(mask.shape)}, but all of its "
+            "tokens are real and the descriptors say what they see; leave it out"
+        )
+    call = {name: inputs.get(name) for name in ("input_ids", "position_ids", *_DESCRIPTORS)}
+    plan = common_plan(call) or _plan_of_descriptors(inputs)
     assert plan.tree is not None
     if plan.tree.packed_tokens != ids.shape[1]:
         raise ValueError(

@@ -22,9 +22,6 @@ from hf_prefix_patch.plans import ROW_INPUTS, Plan
 from hf_prefix_patch.tree import PrefixTree
 
 _MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.contiguous, Tensor.detach}
-# Ways to the memory of a tensor that leave no mark on it when something is written there.
-_EXPOSES = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage}
-_EXPOSES |= {Tensor.storage, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
 class _Note(NamedTuple):
@@ -59,9 +56,16 @@ class PlannedTensor(Tensor):
         self._note, self._written = note, _version(self)
         return self
 
+    def as_packed_row(self) -> PackedRow:
+        """The same tensor, to be embedded by a patched model only."""
+        row = self.as_subclass(PackedRow)
+        return row if self.note is None else row.remember(self.note)  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_note": self.note}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._written = _version(self)
+        self._note, self._written = state["_note"], _version(self)
 
     @classmethod
     def __torch_function__(
@@ -75,15 +79,12 @@ class PlannedTensor(Tensor):
             if func is Tensor.__deepcopy__:
                 return copy.deepcopy(args[0].as_subclass(Tensor), args[1])
             result = func(*args, **(kwargs or {}))
-        x = args[0] if args else None
-        if not isinstance(x, PlannedTensor):
+        x = args[0] if func in _MOVES else None
+        if not isinstance(x, PlannedTensor) or type(result) is not Tensor:
             return result
-        if func in _EXPOSES:
-            x._note = None
-        if func in _MOVES and type(result) is Tensor and result.dtype == x.dtype:
-            note = x.note
-            return result if note is None else result.as_subclass(type(x)).remember(note)
-        return result
+        if x.note is None or x.dtype != result.dtype:
+            return result
+        return result.as_subclass(type(x)).remember(x.note)
 
 
 class PackedRow(PlannedTensor):
@@ -99,32 +100,67 @@ class PackedRow(PlannedTensor):
     ) -> Any:
         if func is F.embedding:
             raise RuntimeError(
-                "a packed row was given to a model that does not share prefixes, which would read "
-                "its rows as one; call enable_prefix_sharing(model) first, or use a collator with "
-                "layout='rows'"
+                "a packed row was given to a model that does not share prefixes, or without its "
+                "descriptors, and would be read as one long row; call enable_prefix_sharing(model) "
+                "first and pass the whole batch, or use a collator with layout='rows'"
             )
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def attach_plan(
-    plan: Plan, rows: Mapping[str, Tensor], kind: type[PlannedTensor] = PlannedTensor
-) -> dict[str, Tensor]:
-    """Tensors that share memory with `rows`, named as in `ROW_INPUTS`, and remember the plan."""
-    names = frozenset(rows)
+def attach_plan(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, PlannedTensor]:
+    """The tensors, arguments of one call, sharing their memory and remembering the plan."""
+    names = frozenset(tensors)
     return {
-        name: x.as_subclass(kind).remember(_Note(plan, names, name)) for name, x in rows.items()
+        name: x.as_subclass(PlannedTensor).remember(_Note(plan, names, name))
+        for name, x in tensors.items()
     }
 
 
-def plan_of(inputs: Mapping[str, Any]) -> Plan | None:
-    """The plan that came with the rows of a call, if it was made for all of these and no others."""
-    given = {name: inputs[name] for name in ROW_INPUTS if inputs.get(name) is not None}
-    notes = {name: x.note if isinstance(x, PlannedTensor) else None for name, x in given.items()}
-    first = notes.get("input_ids")
-    if first is None or first.planned_for != notes.keys():
+def common_plan(tensors: Mapping[str, Any]) -> Plan | None:
+    """The plan that all these arguments remember, if it was made for them and no others."""
+    notes = [x.note if isinstance(x, PlannedTensor) else None for x in tensors.values()]
+    first = notes[0] if notes else None
+    if first is None or first.planned_for != tensors.keys():
         return None
-    same = all(note == first._replace(name=name) for name, note in notes.items())
-    return first.plan if same else None
+    wanted = [first._replace(name=name) for name in tensors]
+    return first.plan if notes == wanted else None
+
+
+def plan_of(inputs: Mapping[str, Any]) -> Plan | None:
+    """The plan that came with the rows of a call, if they are still those that it was made for.
+
+    That every shared token is what it is shared with is checked on the device: not all writes leave
+    a mark on a tensor (collectives, numpy, `.data`). A GPU is not waited for.
+
+    Raises:
+        RuntimeError: later, from a CUDA device: rows were written to in such a way.
+    """
+    given = {name: inputs[name] for name in ROW_INPUTS if inputs.get(name) is not None}
+    plan = common_plan(given)
+    if plan is None or plan.tree is None:
+        return plan
+    ids = given["input_ids"].as_subclass(Tensor)
+    if ids.is_meta:
+        return plan
+    fits = _fits(plan.on(ids.device), {name: x.as_subclass(Tensor) for name, x in given.items()})
+    if ids.is_cuda:
+        torch._assert_async(fits, "prefix sharing: rows were written to after they were planned")
+        return plan
+    return plan if bool(fits) else None
+
+
+def _fits(tree: PrefixTree, rows: Mapping[str, Tensor]) -> Tensor:
+    """Bool scalar: cells of one packed token hold one token, and real cells are the tree's."""
+    flat = {name: x.expand(tree.num_rows, -1).flatten() for name, x in rows.items()}
+    ids = flat["input_ids"]
+    fits = (ids[tree.cell] == ids[tree.source][tree.packed_index]).all()
+    if "attention_mask" in flat:
+        real = flat["attention_mask"] != 0
+        fits &= real[tree.cell].all() & (real.sum() == tree.row_tokens)
+    if "position_ids" in flat:
+        planned = tree.position_ids[0, tree.packed_index]
+        fits &= (flat["position_ids"][tree.cell] == planned).all()
+    return fits
 
 
 def _version(x: Tensor) -> int:

@@ -65,7 +65,8 @@ class Plan:
         """The tree on the device of a call; moved once."""
         assert self.tree is not None
         if device not in self._moved:
-            self._moved[device] = self.tree.to(device)
+            with torch.inference_mode(False):  # it may serve a training call next
+                self._moved[device] = self.tree.to(device)
         return self._moved[device]
 
     def backend_kwargs(self, backend: Backend, needs: Needs) -> dict[str, Any]:

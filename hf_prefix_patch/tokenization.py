@@ -16,12 +16,11 @@ from typing import Any
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from hf_prefix_patch.columns import TruncationMode, check_truncation_mode
+from hf_prefix_patch.columns import REFERENCE_LOGPS, TruncationMode, check_truncation_mode
 from hf_prefix_patch.preferences import CUT, IDS, encode
 
 logger = logging.getLogger(__name__)
 
-_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _JSONL = (".jsonl", ".ndjson", ".json")
 _TOGETHER = 32  # examples in one call of the tokenizer; a fast one spreads its texts over the cores
 _DESCRIPTION = "Tokenising preferences"
@@ -104,7 +103,7 @@ def tokenize_preferences(
     _report(cuts, len(cuts) - len(pairs), limit)
     if saved is None:
         return pairs
-    names = [name for name in (*IDS, *_REFERENCE) if name in pairs.column_names]
+    names = [name for name in (*IDS, *REFERENCE_LOGPS) if name in pairs.column_names]
     return pairs.select_columns(names).to_list()
 
 
@@ -188,7 +187,7 @@ def _loop(
             for (_, example), record in zip(batch, encode(batch, tokenizer), strict=True):
                 cuts.append(record.pop(CUT))
                 if limit is None or len(record["prompt_ids"]) < limit:
-                    record |= {name: example[name] for name in _REFERENCE if name in example}
+                    record |= {name: example[name] for name in REFERENCE_LOGPS if name in example}
                     records.append(record)
             bar.update(len(batch))
     return records, cuts

@@ -266,7 +266,7 @@ def test_two_processes(llama, tmp_path):
         text=True,
         timeout=240,
     )
-    lines = re.findall(r"seen (\{.*?\})", run.stdout)
+    lines = re.findall(r'\{"rank".*?\}', run.stdout)
     assert len(lines) == 2, run.stdout + run.stderr
     first, second = sorted(map(json.loads, lines), key=lambda seen: seen["rank"])
     assert first["steps"] == second["steps"] == first["batches"] / 2
@@ -298,6 +298,7 @@ def test_the_epoch_reaches_the_sampler_through_wrappers(llama, tmp_path):
 
 def test_enabling_again_and_taking_it_off(llama, tmp_path):
     trainer = build_trainer(load(llama), tmp_path, lora=True)
+    trainer._set_signature_columns_if_needed()  # of its own accord
     before = dict(trainer.__dict__)
     callbacks = list(trainer.callback_handler.callbacks)
 
@@ -338,6 +339,47 @@ def test_options_of_the_sampler(llama, tmp_path):
     assert sizes[0] == max(sizes) <= 50
 
 
+def _subclass(trainer):
+    class Own(type(trainer)):
+        def get_train_dataloader(self):
+            return super().get_train_dataloader()
+
+    trainer.__class__ = Own
+    return trainer
+
+
+def _other_rows(trainer):
+    """A collator that makes other rows than its columns say."""
+    inner = trainer.data_collator
+
+    def collator(examples):
+        more = [x | {"chosen_ids": x["chosen_ids"] + [7, 8, 9]} for x in examples]
+        return inner(more)
+
+    trainer.data_collator = collator
+    return trainer
+
+
+def _without_rows(trainer):
+    trainer.data_collator = lambda examples: {"text": torch.zeros(len(examples), 2)}
+    return trainer
+
+
+def _with(trainer, name, value):
+    setattr(trainer.args, name, value)
+    return trainer
+
+
+def _dispatching(trainer):
+    trainer.accelerator.dataloader_config.dispatch_batches = True
+    return trainer
+
+
+def _without_data(trainer):
+    trainer.train_dataset = None
+    return trainer
+
+
 BAD = {
     "a model": (
         lambda trainer: trainer.model,
@@ -359,27 +401,32 @@ BAD = {
         {"max_tokens_per_batch": 99},
         "dispatch_batches and split_batches cannot deal out",
     ),
+    "batch size": (
+        lambda trainer: _with(trainer, "auto_find_batch_size", True),
+        {"max_tokens_per_batch": 99},
+        "auto_find_batch_size would",
+    ),
+    "own batches": (
+        _subclass,
+        {"max_tokens_per_batch": 99},
+        "so does Own, which has a get_train_dataloader of its own",
+    ),
+    "other rows": (
+        _other_rows,
+        {"max_tokens_per_batch": 99},
+        "this trainer makes other rows of them, so use its own batches",
+    ),
+    "no rows": (
+        _without_rows,
+        {"max_tokens_per_batch": 99},
+        r"batches of \['text'\], but max_tokens_per_batch needs rows of input_ids",
+    ),
     "no data": (
         lambda trainer: _without_data(trainer),
         {"max_tokens_per_batch": 99},
         "needs a trainer with a train_dataset",
     ),
 }
-
-
-def _with(trainer, name, value):
-    setattr(trainer.args, name, value)
-    return trainer
-
-
-def _dispatching(trainer):
-    trainer.accelerator.dataloader_config.dispatch_batches = True
-    return trainer
-
-
-def _without_data(trainer):
-    trainer.train_dataset = None
-    return trainer
 
 
 @pytest.mark.parametrize(("target", "options", "message"), BAD.values(), ids=BAD)

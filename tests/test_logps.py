@@ -1,5 +1,8 @@
 """Completion log-probs: equal to those of full logits, and no prompt in the LM head."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
@@ -16,6 +19,7 @@ from hf_prefix_patch import (
     completion_logps,
     enable_prefix_sharing,
 )
+from hf_prefix_patch.logps import _compared
 
 PAIRS = [
     {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10], "rejected_ids": [9, 11, 12]},
@@ -261,8 +265,6 @@ def test_logits_that_the_config_does_not_tell_of(layout):
             NotImplementedError, match=r"changes its logits after the LM head .* log"
         ):
             completion_logps(model, collate(layout))
-        _Odd(model, lambda x: x + 3.0)  # no log-prob moves
-        completion_logps(model, collate(layout))
 
 
 def test_models_and_batches_that_do_not_do():
@@ -283,6 +285,58 @@ def test_models_and_batches_that_do_not_do():
         completion_logps(classifier, batch)
     with pytest.raises(TypeError, match="target is a Linear, but a transformers PreTrainedModel"):
         completion_logps(nn.Linear(2, 2), batch)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_part_of_the_logits_is_refused(layout):
+    model = tiny_model()
+    with enable_prefix_sharing(model), pytest.raises(ValueError, match="leave out logits_to_keep"):
+        completion_logps(model, dict(collate(layout)) | {"logits_to_keep": 4})
+
+
+def test_first_tokens_and_padding_are_no_completions():
+    """Whatever the mask says: rows padded on the left, without a prompt, marked throughout."""
+    model = tiny_model()
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 0, 0]])
+    real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": real, "completion_mask": torch.ones_like(ids)}
+    logps = model(input_ids=ids, attention_mask=real, use_cache=False).logits.log_softmax(-1)
+    want = [logps[0, 2, 6] + logps[0, 3, 7], logps[1, 0, 9] + logps[1, 1, 10]]
+    for sharing in (nullcontext(), enable_prefix_sharing(model)):
+        with sharing:
+            torch.testing.assert_close(completion_logps(model, batch), torch.stack(want))
+
+
+def test_threads_take_turns_at_one_model():
+    model = tiny_model()
+    batch = collate("rows")
+    want = completion_logps(model, batch)
+
+    def work(_):
+        return completion_logps(model, batch)
+
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(work, range(16)):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("change", [lambda x: torch.tanh(x / 30) * 30, lambda x: x * 1.02])
+def test_caps_and_factors_show_while_logits_are_small(change):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight *= 1e-3
+    _Odd(model, change)
+    with pytest.raises(NotImplementedError, match="changes its logits after the LM head"):
+        completion_logps(model, collate("rows"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_cast_to_fp32_are_still_of_half_precision(dtype):
+    """accelerate does so under mixed precision."""
+    model = tiny_model()
+    _Odd(model, lambda x: x.float())
+    with torch.autocast("cpu", dtype):
+        completion_logps(model, collate("rows"))
 
 
 def test_a_head_that_is_not_called_is_noticed():
@@ -317,8 +371,21 @@ def test_a_batch_without_completions():
     logps.sum().backward()
 
 
+def test_the_comparison_bears_overflow():
+    """Hidden states are amplified for it, beyond what fp16 holds."""
+    model = tiny_model().half()
+    with torch.no_grad():
+        model.lm_head.weight *= 200
+    completion_logps(model, collate("rows"))
+    _compared.clear()
+    _Odd(model, lambda x: x * 1.1)
+    with pytest.raises(NotImplementedError, match="changes its logits"):
+        completion_logps(model, collate("rows"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_distributed(layout, tmp_path):
+def test_distributed(layout, compiled, tmp_path):
     """The gradients of a DDP model are reduced: they come through its own forward."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
@@ -336,8 +403,9 @@ def test_distributed(layout, tmp_path):
             return future
 
         wrapped.register_comm_hook(None, note)
-        with enable_prefix_sharing(wrapped):
-            got = with_gradients(model, completion_logps(wrapped, collate(layout)))
+        called = torch.compile(wrapped, backend="eager") if compiled else wrapped
+        with enable_prefix_sharing(called):
+            got = with_gradients(model, completion_logps(called, collate(layout)))
     finally:
         torch.distributed.destroy_process_group()
     assert_equal(got, want)

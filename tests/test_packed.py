@@ -153,6 +153,7 @@ BAD = {
         "do not describe a pack",
     ),
     "later keys": (lambda x: {"tree_kv_index": x["tree_kv_index"] + 1}, "do not describe a packed"),
+    "mask": (lambda x: {"attention_mask": torch.ones(1, 14)}, r"attention_mask of shape \[1, 14\]"),
     "cache": (lambda x: {"use_cache": True}, "cannot run with: key/value cache"),
     "attentions": (lambda x: {"output_attentions": True}, "cannot run with: output_attentions"),
     "embeddings": (lambda x: {"inputs_embeds": torch.zeros(1, 14, 32)}, "with: inputs_embeds"),
@@ -178,6 +179,18 @@ def test_bad_calls(change, message):
         with pytest.raises(ValueError, match=message):
             model.base_model(**call)
         model(**batch)
+
+
+def test_changed_descriptors_count():
+    """A plan that came with the row is used with its own descriptors and positions only."""
+    model = tiny_model()
+    batch = packed_batch(PAIRS)
+    with enable_prefix_sharing(model):
+        before = model(**batch).logits
+        got = model(**(dict(batch) | {"position_ids": batch["position_ids"] + 7})).logits
+        assert not torch.equal(got, before)
+        with pytest.raises(ValueError, match="do not describe a packed row"):
+            model(**(dict(batch) | {"tree_kv_index": batch["tree_kv_index"].flip(0)}))
 
 
 def test_a_packed_row_is_looked_at_freely():

@@ -21,7 +21,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing, plans
+from hf_prefix_patch import (
+    DataCollatorWithPrefixSharing,
+    PrefixTree,
+    enable_prefix_sharing,
+    plans,
+)
 from hf_prefix_patch.planned import PlannedTensor, attach_plan, plan_of
 from hf_prefix_patch.plans import Plan
 
@@ -163,13 +168,27 @@ def _write_to_a_view(x):
     x[:, 1:][0, 0] = 3
 
 
+def _write_uncounted(x):
+    """As collectives do."""
+    with torch.autograd._unsafe_preserve_version_counter(x):
+        x[0].fill_(0)
+
+
 WRITES = {
     "item": lambda x: x.__setitem__((0, 1), 3),
     "operator": lambda x: x.clamp_(max=8),
     "view": _write_to_a_view,
-    "data": lambda x: x.data.fill_(3),
-    "numpy": lambda x: x.numpy().fill(3),
-    "array": lambda x: np.asarray(x).fill(3),
+    "data": lambda x: x.data[0].fill_(0),
+    "numpy": lambda x: x.numpy()[0].fill(0),
+    "array": lambda x: np.asarray(x)[0].fill(0),
+    "data of a view": lambda x: x.view(-1).data[:3].fill_(0),
+    "numpy of a view": lambda x: x[0].numpy().fill(0),
+    "numpy of a detached one": lambda x: x.detach().numpy()[0].fill(0),
+    "set data": lambda x: setattr(
+        x, "data", torch.full_like(x, 7).triu().as_subclass(torch.Tensor)
+    ),
+    "without counting": _write_uncounted,
+    "dlpack": lambda x: torch.from_dlpack(x.as_subclass(torch.Tensor))[0].fill_(0),
     "out": lambda x: torch.add(x, 1, out=x),
 }
 
@@ -180,6 +199,26 @@ def test_written_rows_lose_their_plan(batch, how, name):
     assert plan_of(inputs_of(batch)) is not None
     WRITES[how](batch[name])
     assert plan_of(inputs_of(batch)) is None
+
+
+@pytest.mark.parametrize("copied", [copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_written_rows_have_no_plan_either(batch, copied):
+    batch["input_ids"][0, 0] = 3
+    assert plan_of(inputs_of({name: copied(x) for name, x in batch.items()})) is None
+
+
+def test_a_write_that_changes_nothing_shared_keeps_the_plan(batch):
+    """What matters is that shared tokens are still those that they are shared with."""
+    tree = batch["input_ids"].prefix_tree
+    batch["input_ids"].numpy()[batch["input_ids"].numpy() == 10] = 30  # a token of one row alone
+    plan = plan_of(inputs_of(batch))
+    assert plan.tree is tree
+    model = tiny_model()
+    want = model(**{name: x.clone() for name, x in inputs_of(batch).items()}).logits
+    with enable_prefix_sharing(model):
+        got = model(**inputs_of(batch)).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(got[real], want[real])
 
 
 def test_written_rows_are_planned_anew(batch):
@@ -204,6 +243,21 @@ def test_a_plan_is_for_its_rows_alone(batch):
     assert plan_of(inputs | {"attention_mask": inputs["input_ids"]}) is None
     assert plan_of(inputs | {"position_ids": torch.arange(8)[None]}) is None
     assert plan_of({"input_ids": inputs["attention_mask"], "attention_mask": None}) is None
+
+
+def test_a_reference_in_inference_mode_leaves_a_plan_for_training(batch):
+    """What it moved to the device is no inference tensor, which could not be saved for backward."""
+    model = tiny_model()
+    moved = PrefixTree.to
+
+    def copying(tree, device):
+        return moved(copy.deepcopy(tree), device)
+
+    with enable_prefix_sharing(model, verify=False), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrefixTree, "to", copying)
+        with torch.inference_mode():
+            model(**inputs_of(batch), use_cache=False)
+        model(**inputs_of(batch), use_cache=False).logits.sum().backward()
 
 
 def test_inference_tensors_have_no_plan(batch):
