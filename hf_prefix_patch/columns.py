@@ -5,7 +5,7 @@ Knows the names that TRL's data sets have used, and nothing of models or batches
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +15,13 @@ TruncationMode = Literal["keep_start", "keep_end"]
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns of precomputed reference log-probs."""
 
-_PREFERENCES = ("chosen", "rejected")
+# Columns of a prompt, and of the completions that each make a row with it.
+_LAYOUTS: list[tuple[str, tuple[str, ...]]] = [
+    (f"prompt{suffix}", tuple(f"{name}{suffix}" for name in names))
+    for names in (("chosen", "rejected"), ("completion",))
+    for suffix in ("_ids", "_input_ids")
+]
+_LAYOUTS.append(("", ("input_ids",)))
 
 
 class Row(NamedTuple):
@@ -48,9 +54,8 @@ def rows_of(
     Raises:
         KeyError: none of these columns is there.
     """
-    names = _completions(example)
-    prompt = _ids(example, "prompt") if names != ("input_ids",) else None
-    start = np.empty(0, np.int64) if prompt is None else prompt
+    prompt_name, names = _layout(example)
+    start = _as_ids(example.get(prompt_name, ()))
     rows = []
     for name in names:
         ids = _as_ids(example[name])
@@ -70,27 +75,16 @@ def check_truncation_mode(mode: str) -> None:
         raise ValueError(f"truncation_mode is {mode!r}, but must be 'keep_start' or 'keep_end'")
 
 
-def _completions(example: Mapping[str, Any]) -> tuple[str, ...]:
-    """Columns whose tokens end a row, one for each row."""
-    for suffix in ("_ids", "_input_ids"):
-        names = tuple(name + suffix for name in _PREFERENCES)
-        if all(name in example for name in names):
-            return names
-        if "completion" + suffix in example:
-            return ("completion" + suffix,)
-    if "input_ids" in example:
-        return ("input_ids",)
+def _layout(example: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The column of the prompt, and those whose tokens end a row, one for each row."""
+    for layout in _LAYOUTS:
+        if layout[1][0] in example and layout[1][-1] in example:
+            return layout
     raise KeyError(
         f"an example has the columns {sorted(example)}, but needs chosen_ids and rejected_ids (and "
         "prompt_ids), or completion_ids, or input_ids; tokenise the data first, for example with "
         "hf_prefix_patch.tokenize_preferences"
     )
-
-
-def _ids(example: Mapping[str, Any], name: str) -> np.ndarray | None:
-    columns: Iterable[str] = (name + "_ids", name + "_input_ids")
-    found = next((column for column in columns if column in example), None)
-    return None if found is None else _as_ids(example[found])
 
 
 def _as_ids(x: Any) -> np.ndarray:
