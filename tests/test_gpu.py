@@ -4,12 +4,22 @@ import importlib.util
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from batches import LayerTokens, pad_rows, run
 from families import NO_SDPA, tiny_model
 from test_parity import set_checkpointing
 
-from hf_prefix_patch import PrefixTree, attention, enable_prefix_sharing, kernel_check, selection
+from hf_prefix_patch import (
+    DataCollatorWithPrefixSharing,
+    PrefixTree,
+    attention,
+    completion_logps,
+    enable_prefix_sharing,
+    kernel_check,
+    selection,
+)
 from hf_prefix_patch.backends.base import Needs
+from hf_prefix_patch.packed import LOSS_INPUTS
 from hf_prefix_patch.reference import duplicated_rows_attention
 
 pytestmark = [
@@ -280,3 +290,52 @@ def test_one_trl_step(tmp_path, lora):
         losses[shared] = next(x["loss"] for x in trainer.state.log_history if "loss" in x)
     assert sharing.stats.calls >= 1
     assert abs(losses[True] - losses[False]) < 2e-2
+
+
+def planned_batches(layout):
+    """Two batches of the collator, in pinned memory, as a data loader hands them on."""
+    pairs = [
+        {"prompt_ids": list(range(5, 5 + n)), "chosen_ids": [7, 8, n], "rejected_ids": [9] * n}
+        for n in (20, 30, 40, 25)
+    ]
+    collator = DataCollatorWithPrefixSharing(pad_token_id=0, layout=layout)
+    for chosen in (pairs[:2], pairs[2:]):
+        yield {
+            name: x.pin_memory() if isinstance(x, torch.Tensor) else x
+            for name, x in collator(chosen).items()
+        }
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_planned_calls_never_wait_for_the_device(layout):
+    """torch raises at whatever waits, from the copy of the batch to the end of backward."""
+    model = tiny_model(**model_options(64)).cuda().bfloat16()
+    names = {"completion_mask", *LOSS_INPUTS}
+    with enable_prefix_sharing(model) as sharing:
+        for batch, mode in zip(planned_batches(layout), ("default", "error"), strict=True):
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                moved = send_to_device(batch, torch.device("cuda"), non_blocking=True)
+                inputs = {name: x for name, x in moved.items() if name not in names}
+                model(**inputs, use_cache=False).logits.sum().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert sharing.stats.calls == 2
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_completion_logps(layout):
+    """In bf16: error to the fp32 truth at most twice that of full logits of the unpatched model."""
+    exact = tiny_model(**model_options(64)).cuda()
+    model = tiny_model(**model_options(64)).cuda().bfloat16()
+    for rows, batch in zip(planned_batches("rows"), planned_batches(layout), strict=True):
+        batch, rows = (send_to_device(x, torch.device("cuda")) for x in (batch, rows))
+        inputs = {name: rows[name].clone() for name in ("input_ids", "attention_mask")}
+        plain = inputs | {"completion_mask": rows["completion_mask"]}
+        truth = completion_logps(exact, plain)
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        logps = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
+        naive = (logps * rows["completion_mask"][:, 1:]).sum(1)
+        with enable_prefix_sharing(model):
+            got = completion_logps(model, batch)
+        assert (got - truth).norm() <= 2 * (naive - truth).norm()
