@@ -27,8 +27,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/preference_sets.py
 	$(BIN)/python benchmarks/memory.py
-	@test -n "$(DATA)" || echo "give DATA=pairs.jsonl to time TRL steps"
+	$(BIN)/python benchmarks/logps.py
+	@test -n "$(DATA)" || echo "give DATA=pairs.jsonl to count tokens and to time training"
+	test -z "$(DATA)" || $(BIN)/python benchmarks/token_ratios.py --data $(DATA)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/trl_step.py --data $(DATA)
+	test -z "$(DATA)" || $(BIN)/python benchmarks/training.py --data $(DATA)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
