@@ -203,7 +203,7 @@ def enable_prefix_sharing(
 
 
 def _check_trainer_options(target: Any, **options: Any) -> None:
-    given = [name for name, value in options.items() if value]
+    given = [name for name, value in options.items() if value is not None and value is not False]
     if given and not is_trainer(target):
         raise ValueError(
             f"{given[0]}={options[given[0]]!r} needs a trainer, but target is a "

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_prefix_patch.budget import TokenBudget
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
 
 if TYPE_CHECKING:
+    from hf_prefix_patch.budget import TokenBudget
     from hf_prefix_patch.patch import PrefixSharing
 
 _STATE = "_prefix_sharing"
@@ -84,6 +84,9 @@ class TrainerPatch:
         self.budget: TokenBudget | None = None
         try:
             if max_tokens is not None:
+                # Only here: it needs accelerate, which models and loops of one's own do not.
+                from hf_prefix_patch.budget import TokenBudget
+
                 self.budget = TokenBudget(trainer, max_tokens, sampler_options)
         except BaseException:
             if before is not None:

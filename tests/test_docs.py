@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,15 @@ def test_families_in_the_limits_page_are_those_tested():
     for family in FAMILIES:
         base = family.removesuffix("-window")
         assert names.get(base, base.capitalize()) in page, family
+
+
+def test_import_needs_no_extra():
+    """Nor does it load the trainer module, whose import takes as long as all of the rest."""
+    extras = ["accelerate", "datasets", "gguf", "matplotlib", "peft", "trl"]
+    code = (
+        "import sys\n"
+        f"for name in {extras}: sys.modules[name] = None\n"
+        "import hf_prefix_patch\n"
+        "assert 'transformers.trainer' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
