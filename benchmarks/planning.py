@@ -4,9 +4,9 @@
 
 Planning alone: rows that share three quarters in pairs, all rows one prompt, or nothing.
 
-Collating and planning, what a worker does for a batch in either layout: synthetic batches from few
-long rows to many short ones, and with `--data` the batches of real sets, 8 pairs in random order.
-The target is 5 million row tokens a second: far more than a trainer takes.
+What a worker does for a batch: the plan alone, and collating with it in either layout. Synthetic
+batches from few long rows to many short ones, and with `--data` the batches of real sets, 8 pairs
+in random order. The target is 5 million row tokens a second: far more than a trainer takes.
 
 Batching: 100,000 pairs, four to a prompt, by `PrefixSharingBatchSampler`. The target is half a
 minute for its construction and an epoch together.
@@ -22,6 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from measure import medians, seconds_of
 from pairs import Pair, load_tokenizer, synthetic_pairs
@@ -34,6 +35,7 @@ from hf_prefix_patch import (
     PrefixTree,
     tokenize_preferences,
 )
+from hf_prefix_patch.plans import Plan
 
 CPU = torch.device("cpu")
 VOCAB = 50_000
@@ -95,21 +97,28 @@ def collating(args: argparse.Namespace) -> None:
     collators = {x: DataCollatorWithPrefixSharing(pad_token_id=0, layout=x) for x in LAYOUTS}
     table = []
     for name, batches in chain(synthetic_batches(), real_batches(args)):
-        trees = [collators["rows"](batch)["input_ids"].prefix_tree for batch in batches]
+        collated = [collators["rows"](batch) for batch in batches]
+        trees = [batch["input_ids"].prefix_tree for batch in collated]
         sizes = [(t.num_rows, len(t.parents), t.row_tokens, t.packed_tokens) for t in trees]
         means = [statistics.mean(column) for column in zip(*sizes, strict=True)]
-        timers = {
-            layout: partial(seconds_of, partial(collate, collator, batches), CPU)
-            for layout, collator in collators.items()
-        }
+        rows = [(x["input_ids"].numpy(), x["attention_mask"].numpy() != 0) for x in collated]
+        work = {"plan": partial(plan, rows)}
+        work |= {layout: partial(collate, x, batches) for layout, x in collators.items()}
+        timers = {what: partial(seconds_of, do, CPU) for what, do in work.items()}
         seconds = [x / len(batches) for x in medians(timers, args.repeats).values()]
         rates = (means[2] / x / 1e6 for x in seconds)
         table.append((name, *means, *(1e3 * x for x in seconds), *rates, TARGET_RATE))
     header = ("batch", "rows", "segments", "row tokens", "packed tokens")
-    header += tuple(f"{layout} ms" for layout in LAYOUTS)
-    header += tuple(f"{layout}: million row tokens per s" for layout in LAYOUTS)
+    kinds = ("plan alone", *(f"collate and plan, {layout}" for layout in LAYOUTS))
+    header += tuple(f"{kind}: ms" for kind in kinds)
+    header += tuple(f"{kind}: million row tokens per s" for kind in kinds)
     note = f"{machine('cpu')}, 1 thread, median of {args.repeats}, means of a batch"
     write_table("Collating and planning batches", (*header, "target"), table, args.out, note)
+
+
+def plan(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    for ids, real in rows:
+        Plan.of_host_rows(ids, real)
 
 
 def collate(collator: DataCollatorWithPrefixSharing, batches: Sequence[Batch]) -> None:

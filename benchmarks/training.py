@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         results = {}
         for run in tqdm(runs(args), desc=path.stem):
             results[run.name] = in_own_process(measure, run, examples, args)
+            tqdm.write(f"{path.stem}, {run.name}: {results[run.name]}")  # a long run may end early
         check_losses(path.stem, results, args.device)
         table += lines(path.stem, results, len(examples))
     title = f"Training with DPO and LoRA, {Path(args.model).name} on {args.device}"
@@ -219,9 +220,17 @@ def with_trainer(run: Run, examples: list[dict[str, Any]], args: argparse.Namesp
         with trainer.accelerator.autocast():  # put around the model by trainer.train()
             trainer.training_step(trainer.model, batch)
 
+    losses, compute_loss = [], trainer.compute_loss
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = compute_loss(*args, **kwargs)
+        losses.append(loss.detach())  # times the weight of the batch, which is not logged
+        return loss
+
     def train() -> tuple[int, float]:
-        loss = trainer.train().training_loss
-        return trainer.state.global_step, loss
+        trainer.compute_loss = noted
+        trainer.train()
+        return trainer.state.global_step, torch.stack(losses).mean().item()
 
     return trainer.model, warm_up, train
 
