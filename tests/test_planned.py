@@ -204,7 +204,9 @@ def test_written_rows_lose_their_plan(batch, how, name):
 @pytest.mark.parametrize("copied", [copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_of_written_rows_have_no_plan_either(batch, copied):
     batch["input_ids"][0, 0] = 3
-    assert plan_of(inputs_of({name: copied(x) for name, x in batch.items()})) is None
+    copies = inputs_of({name: copied(x) for name, x in batch.items()})
+    assert copies["input_ids"].prefix_tree is None
+    assert plan_of(copies) is None
 
 
 def test_a_write_that_changes_nothing_shared_keeps_the_plan(batch):
