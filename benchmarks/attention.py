@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from charts import grouped_bars
 from decoder import row_pairs, tree_pairs
-from measure import medians, peak_of, seconds_of
+from measure import fill_in, medians, peak_of, seconds_of
 from report import machine, write_table
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
@@ -72,11 +72,7 @@ GATHER_HEADER = ("prompt", "response", "responses", "keys", "index_select ms", "
 
 def main(argv: list[str] | None = None) -> None:
     args = options().parse_args(argv)
-    for name, value in DEFAULTS[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.dtype = getattr(torch, args.dtype)
-    torch.set_num_threads(args.threads)
+    fill_in(args, DEFAULTS[args.device])
     cases = [tuple(map(int, case.split("x"))) for case in args.cases]
 
     calls, copies = [], []

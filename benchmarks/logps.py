@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from grid import OUT_OF_MEMORY, entry
-from measure import fits, medians, peak_of, seconds_of
+from measure import fill_in, fits, medians, peak_of, seconds_of
 from report import machine, write_table
 from torch import Tensor
 from tqdm import tqdm
@@ -62,11 +62,7 @@ HEADER = (
 
 def main(argv: list[str] | None = None) -> None:
     args = options().parse_args(argv)
-    for name, value in DEFAULTS[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.dtype = getattr(torch, args.dtype)
-    torch.set_num_threads(args.threads)
+    fill_in(args, DEFAULTS[args.device])
     sizes = [(h, c) for h in args.hidden for c in args.tokens]
     table = []
     for hidden, tokens in tqdm(sizes, desc="hidden x tokens"):

@@ -43,12 +43,17 @@ def parse(
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--out", type=Path, help="folder for table and chart")
     args = parser.parse_args(argv)
-    for name, value in (DEFAULTS[args.device] | defaults[args.device]).items():
+    fill_in(args, DEFAULTS[args.device] | defaults[args.device])
+    return args
+
+
+def fill_in(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Options that were not given; then the dtype itself, and the threads of the CPU."""
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
-    return args
 
 
 def setting(args: argparse.Namespace) -> str:

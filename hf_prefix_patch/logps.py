@@ -145,6 +145,12 @@ def logit_options(config: Any) -> tuple[float, float | None]:
     return (scaling if config.model_type == "hyperclovax" else 1.0 / scaling), softcap
 
 
+def _changed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """What the model makes of its head's logits, as `logit_options` tells."""
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 class _HeadCall:
     """One call of a model whose LM head sees the completion tokens alone.
 
@@ -217,8 +223,7 @@ class _HeadCall:
         """Hold the model's own logits against what `linear_logps` makes of those of the head."""
         scale, softcap = self._options
         finite = raw.isfinite()  # amplified, some overflow in fp16
-        known = raw.double().masked_fill(~finite, 0.0) * scale
-        known = known if softcap is None else softcap * torch.tanh(known / softcap)
+        known = _changed(raw.double().masked_fill(~finite, 0.0), scale, softcap)
         # Each token by its own largest logit: rounding in the dtype of the head.
         size = known.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
         error = ((logits.double() - known).abs() / size).masked_fill(~finite, 0.0).max().item()
@@ -247,8 +252,8 @@ def _head_logps(
     # Quantised, offloaded or with an adapter: the module itself, over a few tokens at a time.
     def logps(hidden: Tensor, labels: Tensor) -> Tensor:
         logits: Tensor = head.forward(hidden)  # not called: its hooks lead here
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = _changed(logits, scale, softcap)
         return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
     pieces = zip(*(torch.split(x, _TOKENS_AT_ONCE) for x in (hidden, labels)), strict=True)

@@ -47,8 +47,8 @@ def take_packed(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Plan
             f"a packed row came with an attention_mask of shape {list(mask.shape)}, but all of its "
             "tokens are real and the descriptors say what they see; leave it out"
         )
-    call = {name: inputs.get(name) for name in ("input_ids", "position_ids", *_DESCRIPTORS)}
-    plan = common_plan(call) or _plan_of_descriptors(inputs)
+    described = {name: inputs.get(name) for name in ("position_ids", *_DESCRIPTORS)}
+    plan = common_plan({"input_ids": ids, **described}) or _plan_of_descriptors(described)
     assert plan.tree is not None
     if plan.tree.packed_tokens != ids.shape[1]:
         raise ValueError(
@@ -71,11 +71,10 @@ def take_packed(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Plan
     return plan, rest
 
 
-def _plan_of_descriptors(inputs: dict[str, Any]) -> Plan:
-    missing = [name for name in ("position_ids", *_DESCRIPTORS) if inputs.get(name) is None]
+def _plan_of_descriptors(described: dict[str, Any]) -> Plan:
+    missing = [name for name, x in described.items() if x is None]
     if missing:
         raise ValueError(
             f"a packed row came without {missing}; pass all of PrefixTree.model_kwargs()"
         )
-    names = ("position_ids", *_DESCRIPTORS)
-    return Plan(PrefixTree.from_descriptors(**{name: inputs[name] for name in names}), None)
+    return Plan(PrefixTree.from_descriptors(**described), None)

@@ -124,13 +124,11 @@ class PrefixTree:
         if positions is not None:
             _check_range("position_ids", positions[mask], _MAX_POSITION)
         length = ids.shape[1]
-        plan = trie_of_rows(
-            (ids << 32) | (np.arange(length) if positions is None else positions), mask
-        )
+        symbols = (ids << 32) | (np.arange(length) if positions is None else positions)
+        plan = trie_of_rows(symbols, mask)
         source = plan["source"]
-        plan["position_ids"] = (source % length if positions is None else positions.flat[source])[
-            None
-        ]
+        kept = source % length if positions is None else positions.flat[source]
+        plan["position_ids"] = kept[None]
         return cls._of_arrays(ids.shape[0], ids.shape[1], plan, device)
 
     @classmethod
