@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.backends import cpu, sdpa
-from hf_prefix_patch.backends.base import as_tensor, chain_blocks
+from hf_prefix_patch.backends.base import as_tensor, chain_blocks, segment_blocks
 from hf_prefix_patch.reference import duplicated_rows_attention
 
 
@@ -56,15 +56,15 @@ def test_short_and_long_prefixes(prefix, window, sinks):
 
 
 def test_groups_share_one_call_on_their_prompt():
-    """Eight responses of a prompt, three calls: the prompt with the first, the triangles of the
-    others, and one tile of all others on the prompt."""
+    """Eight responses of a prompt, three calls: the prompt, the triangles of the responses, and one
+    tile of them all on the prompt."""
     tree = PrefixTree.from_rows([[1, 2, 3, 10 + r, 20 + r] for r in range(8)])
-    calls = cpu._calls(as_tensor(chain_blocks(tree)), heads=4)
-    first, others = cpu.Tiles(0, 5), cpu.Tiles(5, 2, 7, 2)
+    calls = cpu._calls(as_tensor(segment_blocks(tree)), heads=4)
+    prompt, responses = cpu.Tiles(0, 3), cpu.Tiles(3, 2, 8, 2)
     assert calls == [
-        cpu.Call(first, first, causal=True),
-        cpu.Call(others, others, causal=True),
-        cpu.Call(cpu.Tiles(5, 14), cpu.Tiles(0, 3)),
+        cpu.Call(prompt, prompt, causal=True),
+        cpu.Call(responses, responses, causal=True),
+        cpu.Call(cpu.Tiles(3, 16), prompt),
     ]
 
 
@@ -86,7 +86,7 @@ def test_tiles_cover_what_is_visible_once(monkeypatch, length, heads):
     n = tree.packed_tokens
     index = torch.arange(n, dtype=torch.float64).view(1, 1, n, 1)
     scores = torch.zeros(n, n, dtype=torch.int64)
-    for call in cpu._calls(as_tensor(chain_blocks(tree)), heads):
+    for call in cpu._calls(as_tensor(segment_blocks(tree)), heads):
         queries, keys = (x.of(index)[:, 0, :, 0].long() for x in (call.queries, call.keys))
         for q, k in zip(queries, keys.expand(len(queries), -1), strict=True):
             seen = torch.ones(len(q), len(k), dtype=torch.int64)
@@ -237,10 +237,10 @@ def test_the_users_choice_of_kernel(monkeypatch):
 def test_operators_keep_pytorchs_rules(layout, dtype):
     """Schemas, shapes under fake tensors and registered gradients."""
     tree = PrefixTree.from_rows([[1, 2, 3, 4], [1, 2, 5, 6], [1, 7, 8, 9]])
-    blocks = as_tensor(chain_blocks(tree))
+    blocks, segments = (as_tensor(blocks(tree)) for blocks in (chain_blocks, segment_blocks))
     inputs = [x.detach().to(dtype).requires_grad_() for x in packed_inputs(tree)]
     inputs = [LAYOUTS[layout](x) for x in inputs]
     sinks = torch.randn(4, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(cpu.cpu_attention, (*inputs, blocks, 0.3))
+    torch.library.opcheck(cpu.cpu_attention, (*inputs, segments, 0.3))
     for args in [(None, blocks, None, 0.3, 0.0, 2, None), (sinks, blocks, None, 0.3, 0.0, 2, 1.5)]:
         torch.library.opcheck(sdpa.chain_attention, (*inputs, *args))

@@ -19,16 +19,21 @@ def enable_with(monkeypatch, model, **changes):
     return enable_prefix_sharing(model)
 
 
+def both(blocks):
+    """What the sdpa backend plans, for both of its ways to compute."""
+    return {"tree_blocks": as_tensor(blocks), "tree_segments": as_tensor(blocks)}
+
+
 def leaking_plan(tree: PrefixTree, needs):
     """Every chain sees all that stands before it in the packed row, other branches included."""
     chains = {block[:2] for block in chain_blocks(tree)}
     blocks = [x for q0, q1 in sorted(chains) for x in ((q0, q1, 0, q0), (q0, q1, q0, q1)) if x[3]]
-    return {"tree_blocks": as_tensor(blocks)}
+    return both(blocks)
 
 
 def forgetful_plan(tree: PrefixTree, needs):
     """Every chain sees itself alone: responses lose their prompt."""
-    return {"tree_blocks": as_tensor([x for x in chain_blocks(tree) if x[:2] == x[2:]])}
+    return both([x for x in chain_blocks(tree) if x[:2] == x[2:]])
 
 
 @pytest.mark.parametrize("plan", [leaking_plan, forgetful_plan])

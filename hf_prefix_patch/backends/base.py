@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,6 +87,29 @@ def chain_blocks(tree: PrefixTree) -> list[tuple[int, int, int, int]]:
         paths.append(path)
         offset = stop
     return [(*path[-1], *block) for path in chains for block in path]
+
+
+def subtree_ends(tree: PrefixTree) -> tuple[list[int], list[int]]:
+    """Where each segment stops in the packed row, and where the last of its descendants does."""
+    stops = list(accumulate(tree.segment_lengths))
+    ends = stops.copy()
+    for s in reversed(range(len(ends))):
+        if tree.parents[s] >= 0:
+            ends[tree.parents[s]] = max(ends[tree.parents[s]], ends[s])
+    return stops, ends
+
+
+def segment_blocks(tree: PrefixTree) -> list[tuple[int, int, int, int]]:
+    """The same scores segment by segment: each on itself, causal, and right after that all of its
+    descendants, which follow it in the packed row, on the whole of it."""
+    stops, ends = subtree_ends(tree)
+    blocks = []
+    for length, stop, end in zip(tree.segment_lengths, stops, ends, strict=True):
+        start = stop - length
+        blocks.append((start, stop, start, stop))
+        if stop < end:
+            blocks.append((stop, end, start, stop))
+    return blocks
 
 
 def as_tensor(blocks: Sequence[Sequence[int]]) -> Tensor:

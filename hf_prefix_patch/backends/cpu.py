@@ -1,8 +1,8 @@
 """Plain causal attention on a CPU: kernel calls on those tiles of scores that are visible.
 
-A chain attends to itself, causal, and groups of chains to the stretch of keys that they share,
-whole. Long chains are halved again and again: two causal halves, and a whole tile of the later
-queries on the earlier keys, until little is left of what a causal kernel computes and masks.
+A segment attends to itself, causal, and all of its descendants together to the whole of it. Long
+segments are halved again and again: two causal halves, and a whole tile of the later queries on the
+earlier keys, until little is left of what a causal kernel computes and masks.
 Outputs over several tiles are merged by their log-sum-exp (Milakov and Gimelshein,
 arXiv 1805.02867); backward gives the kernel the merged output and log-sum-exp, with which the
 gradients of a tile are those within the whole softmax (Dao et al., arXiv 2205.14135, section 3).
@@ -24,7 +24,7 @@ from hf_prefix_patch.backends.base import HALF, as_blocks, rows_contiguous
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-_TILE = 256  # queries of a causal call at least, where a chain is halved
+_TILE = 256  # queries of a causal call at least, where a segment is halved
 
 
 class Tiles(NamedTuple):
@@ -58,7 +58,7 @@ def cpu_attention(
     """Attention of the packed row; `[1, heads, N, head_dim]` all, equal head sizes.
 
     Args:
-        blocks: of `as_tensor(chain_blocks(tree))`.
+        blocks: of `as_tensor(segment_blocks(tree))`.
 
     Returns:
         Output as `[1, N, heads, head_dim]` and log-sum-exp `[1, N, heads]`.
@@ -155,44 +155,35 @@ def _inputs(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tens
 
 
 def _calls(blocks: Tensor, heads: int) -> list[Call]:
-    """The causal calls of all chains, which cover every token once, then what is seen whole."""
+    """The causal calls of all segments, which cover every token once, then what is seen whole."""
     causal: list[Call] = []
     whole: list[Call] = []
-    shared: list[list[int]] = []
-    last: dict[tuple[int, int], list[int]] = {}
-    for block in as_blocks(blocks):
-        if block[:2] == block[2:]:
-            for call in _halves(*block[:2]):
-                if not call.causal:
-                    whole.append(call)
-                elif causal and causal[-1].queries.length == call.queries.length:
-                    # Right after it, as chains are in order and cover the packed row.
-                    start, size, number, _ = causal[-1].queries
-                    joined = Tiles(start, size, number + call.queries.number, size)
-                    causal[-1] = Call(joined, joined, causal=True)
-                else:
-                    causal.append(call)
+    for q0, q1, k0, k1 in as_blocks(blocks):
+        if (q0, q1) != (k0, k1):
+            whole.append(Call(Tiles(q0, q1 - q0), Tiles(k0, k1 - k0)))
             continue
-        # Neighbours that see the same keys go together.
-        keys = (block[2], block[3])
-        if keys in last and last[keys][1] == block[0]:
-            last[keys][1] = block[1]
-        else:
-            last[keys] = block
-            shared.append(block)
-    whole += [Call(Tiles(q0, q1 - q0), Tiles(k0, k1 - k0)) for q0, q1, k0, k1 in shared]
+        for call in _halves(q0, q1):
+            if not call.causal:
+                whole.append(call)
+            elif causal and causal[-1].queries.length == call.queries.length:
+                # Right after it, as segments are in order and cover the packed row.
+                start, size, number, _ = causal[-1].queries
+                joined = Tiles(start, size, number + call.queries.number, size)
+                causal[-1] = Call(joined, joined, causal=True)
+            else:
+                causal.append(call)
     # In backward a thread takes whole heads: an odd number of them leaves one of two threads idle.
     uneven = heads % torch.get_num_threads() > 0
     return causal + [_split(call) if uneven else call for call in whole]
 
 
 def _halves(start: int, stop: int) -> Iterator[Call]:
-    """Causal attention of a chain: of its tiles each on itself, and of later halves on earlier
+    """Causal attention of a segment: of its tiles each on itself, and of later halves on earlier
     ones, all of a size in one call; what is more than a power of two of tiles comes after."""
     tiles = (stop - start) // _TILE
     if tiles < 2:
-        chain = Tiles(start, stop - start)
-        yield Call(chain, chain, causal=True)
+        segment = Tiles(start, stop - start)
+        yield Call(segment, segment, causal=True)
         return
     size = _TILE << (tiles.bit_length() - 1)
     each = Tiles(start, _TILE, size // _TILE, _TILE)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from hf_prefix_patch.backends.base import HALF, Backend, Needs, to_autocast_dtype
+from hf_prefix_patch.backends.base import HALF, Backend, Needs, subtree_ends, to_autocast_dtype
 from hf_prefix_patch.tree import PrefixTree
 
 _BLOCK = 128
@@ -122,14 +122,7 @@ def tree_block_mask(tree: PrefixTree, window: int | None, device: torch.device) 
 
 def _ends_and_depths(tree: PrefixTree) -> tuple[list[int], list[int]]:
     """Of each packed token: where its subtree ends, and how many tokens stand before it."""
-    stops: list[int] = []
-    for length in tree.segment_lengths:
-        stops.append(length + (stops[-1] if stops else 0))
-    subtree = list(stops)
-    for segment in range(len(stops) - 1, -1, -1):
-        parent = tree.parents[segment]
-        if parent >= 0:
-            subtree[parent] = max(subtree[parent], subtree[segment])
+    _, subtree = subtree_ends(tree)
     ends: list[int] = []
     depths: list[int] = []
     for length, path, end in zip(tree.segment_lengths, tree.path_lengths, subtree, strict=True):

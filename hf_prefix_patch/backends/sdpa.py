@@ -21,6 +21,7 @@ from hf_prefix_patch.backends.base import (
     as_blocks,
     as_tensor,
     chain_blocks,
+    segment_blocks,
     to_autocast_dtype,
 )
 from hf_prefix_patch.backends.cpu import cpu_attention, served_on_cpu
@@ -41,6 +42,7 @@ def sdpa_attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     tree_blocks: Tensor,
+    tree_segments: Tensor,
     **unused: Any,
 ) -> Tensor:
     """Shared attention of the packed row.
@@ -51,6 +53,7 @@ def sdpa_attend(
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, section 2).
         s_aux: `[heads]` attention sinks: one more score of each query, whose weight goes nowhere.
         tree_blocks: of `as_tensor(chain_blocks(tree))`.
+        tree_segments: of `as_tensor(segment_blocks(tree))`.
 
     Returns:
         `[1, N, heads, head_dim]`.
@@ -59,7 +62,7 @@ def sdpa_attend(
     plain = sliding_window is None and softcap is None and s_aux is None and not dropout
     output: Tensor
     if plain and served_on_cpu(query, key, value):
-        output = cpu_attention(query, key, value, tree_blocks, scaling)[0]
+        output = cpu_attention(query, key, value, tree_segments, scaling)[0]
         return output
     options = (scaling, dropout, sliding_window, softcap)
     if torch.compiler.is_compiling():
@@ -257,7 +260,10 @@ chain_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
-    return {"tree_blocks": as_tensor(chain_blocks(tree))}
+    return {
+        "tree_blocks": as_tensor(chain_blocks(tree)),
+        "tree_segments": as_tensor(segment_blocks(tree)),
+    }
 
 
 def _unserved(needs: Needs) -> str | None:
