@@ -24,6 +24,7 @@ from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.packed import is_packed, take_packed
 from hf_prefix_patch.planned import plan_of
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, ROW_INPUTS, Plan, forget, recall_plan
+from hf_prefix_patch.recurrent import TreeRecurrence, recurrence_of
 from hf_prefix_patch.selection import Selection, needs_of, select, structure_of
 from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.support import (
@@ -53,12 +54,22 @@ class BackbonePatch:
         self.warned: set[str] = set()
         self.unshared_training_calls: int | None = 0  # None once something was shared
         self._hooks: list[Any] = []
+        self.recurrence: TreeRecurrence | None = None
         setattr(backbone, _STATE, self)  # first: it is what undoes the rest
         _swap_attention_configs(backbone)
         self._hooks.append(backbone.register_forward_pre_hook(pack_rows, with_kwargs=True))
         self._hooks.append(backbone.register_forward_hook(unpack_rows, with_kwargs=True))
 
+    def refresh(self, backbone: PreTrainedModel) -> None:
+        """Look at the model again: its kernels may have been exchanged since.
+
+        Raises:
+            NotImplementedError: recurrent layers that cannot follow the tree.
+        """
+        self.recurrence = recurrence_of(backbone)
+
     def remove(self, backbone: PreTrainedModel) -> None:
+        self.recurrence = None
         for hook in self._hooks:
             hook.remove()
         for module in backbone.modules():
@@ -67,6 +78,11 @@ class BackbonePatch:
                 module.config = config.prefix_sharing_original
         delattr(backbone, _STATE)
         forget()
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether hidden states depend on the padding before their row."""
+        return self.recurrence is not None and self.recurrence.sees_padding
 
     def selection(self, backbone: PreTrainedModel) -> Selection:
         """The backend for a call in the present state of model and autocast.
@@ -138,7 +154,7 @@ def pack_rows(
     if packed:
         plan, inputs = take_packed(backbone, inputs)
     else:
-        plan = _plan_rows(backbone, inputs)
+        plan = _plan_rows(backbone, patch, inputs)
     training = backbone.training and torch.is_grad_enabled()
     if training:
         patch.watch(plan.tree)
@@ -157,10 +173,12 @@ def pack_rows(
         "tree_backend": chosen.backend,
         "tree_rows": None if packed else tree,
     }
+    if patch.recurrence is not None:
+        inputs["tree_recurrence"] = patch.recurrence
     return (), inputs
 
 
-def _plan_rows(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Plan:
+def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str, Any]) -> Plan:
     """The plan that the rows of a call carry, or else one made for them."""
     reason = bypass_reason(backbone, inputs)
     if reason is not None:
@@ -168,6 +186,8 @@ def _plan_rows(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Plan:
     plan = plan_of(inputs) or recall_plan([inputs.get(name) for name in ROW_INPUTS])
     if plan.reason is None and rope_depends_on_length(backbone.config) and plan.padded_beyond:
         return Plan(None, "rotary frequencies that depend on padding")
+    if plan.reason is None and patch.sees_padding and plan.padded_before:
+        return Plan(None, "recurrent layers with a bias that is added to padding before a row")
     return plan
 
 

@@ -183,6 +183,7 @@ def enable_prefix_sharing(
         for backbone in backbones:
             patch = patch_of(backbone) or BackbonePatch(backbone, backend, on_bypass)
             patch.backend, patch.on_bypass = backend, on_bypass
+            patch.refresh(backbone)
             with autocast_of(target, backbone.device) if is_trainer(target) else nullcontext():
                 chosen = patch.selection(backbone).backend.name
                 if verify:

@@ -26,11 +26,13 @@ class Plan:
         tree: on the host.
         reason: why the rows must run as they are; None if they can be packed.
         padded_beyond: whether a padded cell has a larger position than every token.
+        padded_before: whether a row begins with padding.
     """
 
     tree: PrefixTree | None
     reason: str | None
     padded_beyond: bool = False
+    padded_before: bool = False
     _moved: dict[torch.device, PrefixTree] = field(default_factory=dict)
     _of_backends: dict[tuple[Backend, Needs], dict[str, Any]] = field(default_factory=dict)
 
@@ -59,7 +61,8 @@ class Plan:
         gains = tree.packed_tokens < tree.padded_tokens
         last = ids.shape[1] - 1 if positions is None else int(positions.max())
         beyond = last > int(tree.position_ids.max())
-        return cls(tree, None if gains else NOTHING_TO_GAIN, beyond)
+        before = bool((~mask[:, 0] & mask.any(axis=1)).any())
+        return cls(tree, None if gains else NOTHING_TO_GAIN, beyond, before)
 
     def on(self, device: torch.device) -> PrefixTree:
         """The tree on the device of a call; moved once."""

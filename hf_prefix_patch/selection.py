@@ -142,5 +142,6 @@ def _head_dims(backbone: PreTrainedModel) -> frozenset[int]:
     }
     if not found:
         config = backbone.config
-        found = {config.hidden_size // config.num_attention_heads}
+        heads = getattr(config, "num_attention_heads", None)  # none in a stack without attention
+        found = {config.hidden_size // heads} if heads else set()
     return frozenset(found)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
+_TOKENWISE_LAYER_TYPES = {"moe"}  # layers of experts alone
 
 # PEFT methods that mix weights by row, average over the batch, or run the rows a second time.
 _PEFT_BY_ROW = {"POLY", "XLORA", "LILY", "SHADOW"}
@@ -30,26 +32,22 @@ def check_model(model: PreTrainedModel) -> None:
     """
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
-        raise _refusal(name, "is an encoder-decoder", "sharing needs a decoder-only model")
+        raise refusal(name, "is an encoder-decoder", "sharing needs a decoder-only model")
     if config.get_text_config() is not config:
-        raise _refusal(
+        raise refusal(
             name,
             "is a composite (vision- or audio-language) model",
             "sharing needs a text-only decoder",
         )
-    if getattr(model, "_is_stateful", False):
-        raise _refusal(
-            name,
-            "has recurrent layers, whose state would carry the chosen response into the rejected",
-            "sharing needs attention layers only",
-        )
-    others = sorted(set(layer_types(config)) - SHARED_LAYER_TYPES)
+    known = SHARED_LAYER_TYPES | _RECURRENT_LAYER_TYPES | _TOKENWISE_LAYER_TYPES
+    others = sorted(set(layer_types(config)) - known)
     if others:
-        raise _refusal(
+        raise refusal(
             name, f"has layers of type {others}", f"sharing needs {sorted(SHARED_LAYER_TYPES)}"
         )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise _refusal(
+    # Hybrids do not say so, whether they do or not; of those that can follow the tree all do.
+    if not (is_recurrent(model) or getattr(model, "_supports_attention_backend", False)):
+        raise refusal(
             name,
             "does not call its attention through transformers' attention registry "
             "(_supports_attention_backend is false)",
@@ -58,17 +56,17 @@ def check_model(model: PreTrainedModel) -> None:
     if not _is_causal(config) or any(
         getattr(module, "is_causal", True) is False for module in model.modules()
     ):
-        raise _refusal(name, "uses bidirectional attention", "sharing needs causal attention")
+        raise refusal(name, "uses bidirectional attention", "sharing needs causal attention")
     unsloth = next((m for m in model.modules() if _is_unsloth(m)), None)
     if unsloth is not None:
-        raise _refusal(
+        raise refusal(
             name,
             f"was patched by Unsloth ({type(unsloth).__name__}), whose fast forward drops the "
             "attention mask",
             "load it with transformers' own classes",
         )
     if has_neftune(model):
-        raise _refusal(
+        raise refusal(
             name,
             "has NEFTune noise on its embeddings, whose size depends on the row length",
             "set neftune_noise_alpha=None",
@@ -83,24 +81,30 @@ def check_peft(peft_model: Any) -> None:
     """
     for adapter, config in peft_model.peft_config.items():
         if getattr(config, "is_prompt_learning", False):
-            raise _refusal(
+            raise refusal(
                 f"adapter {adapter!r}",
                 f"is prompt learning ({type(config).__name__}), which adds virtual tokens to every "
                 "row",
                 "use LoRA or another method that changes weights",
             )
         if config.peft_type in _PEFT_BY_ROW or getattr(config, "velora_config", None) is not None:
-            raise _refusal(
+            raise refusal(
                 f"adapter {adapter!r}",
                 f"({type(config).__name__}) depends on the rows of the batch, not on tokens alone",
                 "use LoRA or another method that treats all tokens alike",
             )
         if getattr(config, "alora_invocation_tokens", None) is not None:
-            raise _refusal(
+            raise refusal(
                 f"adapter {adapter!r}",
                 "is an activated LoRA (aLoRA), which switches on inside each row",
                 "set alora_invocation_tokens=None",
             )
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether layers carry a state from token to token beside attention."""
+    stateful = getattr(model, "_is_stateful", False)
+    return stateful or not _RECURRENT_LAYER_TYPES.isdisjoint(layer_types(model.config))
 
 
 def layer_types(config: Any) -> list[str]:
@@ -226,5 +230,6 @@ def _context_parallel() -> bool:
     return any((getattr(plan, name, None) or 1) > 1 for name in ("cp_size", "sp_size"))
 
 
-def _refusal(what: str, has: str, need: str) -> NotImplementedError:
+def refusal(what: str, has: str, need: str) -> NotImplementedError:
+    """What is refused, why, and what sharing needs or the user can do."""
     return NotImplementedError(f"prefix sharing refused: {what} {has}; {need}")

@@ -45,14 +45,73 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None, **_EXPERTS}),
 }
 
-NO_SDPA = {"gemma2", "gpt-oss"}
-"""Families for which transformers has no sdpa: a soft cap, sinks."""
+_MIXED = ["linear_attention", "full_attention", "linear_attention"]
+_DELTA_NET = {
+    "num_hidden_layers": 3,
+    "layer_types": _MIXED,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_FOUR_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, **_EXPERTS}
+_CONV = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3.5": ("Qwen3_5", _DELTA_NET),
+    "qwen3-next": (
+        "Qwen3Next",
+        {"shared_expert_intermediate_size": 16, **_FOUR_EXPERTS, **_DELTA_NET},
+    ),
+    "olmo-hybrid": ("OlmoHybrid", {**_DELTA_NET, "linear_num_key_heads": 4}),
+    "mamba2": (
+        "Mamba2",
+        {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    ),
+    "nemotron-h": (
+        "NemotronH",
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "attention", "mamba", "moe"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
+    "bamba": ("Bamba", {"num_hidden_layers": 3, "attn_layer_indices": [1], **_MAMBA2}),
+    "granite-moe-hybrid": (
+        "GraniteMoeHybrid",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 4,
+            "shared_intermediate_size": 32,
+            **_EXPERTS,
+            **_MAMBA2,
+        },
+    ),
+    "lfm2": ("Lfm2", _CONV),
+    "lfm2-moe": ("Lfm2Moe", {"num_dense_layers": 1, **_FOUR_EXPERTS, **_CONV}),
+}
+"""Families with recurrent layers, which the package tree-recurrence makes follow the tree."""
+
+NO_SDPA = {"gemma2", "gpt-oss", "mamba2"}
+"""Families for which transformers has no sdpa: a soft cap, sinks, no attention at all."""
 
 
 def tiny_model(family: str = "llama", attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
-    """A two-layer model in fp32 with the same weights at every call, in training mode."""
-    name, options = FAMILIES[family]
-    kind = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    """A model of two to four layers in fp32, the same weights at every call, in training mode."""
+    name, options = (FAMILIES | HYBRIDS)[family]
+    kind = f"{name}TextConfig" if name in ("Gemma3", "Qwen3_5") else f"{name}Config"
+    if family in NO_SDPA:
+        attention = "eager"
     sizes = {**_SIZES, **options, **changes}
     config = getattr(transformers, kind)(**sizes, attn_implementation=attention)
     torch.manual_seed(0)

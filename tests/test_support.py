@@ -50,7 +50,6 @@ def refused_models():
     t5 = transformers.T5Config(
         vocab_size=40, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2
     )
-    qwen35 = {**_SMALL, "layer_types": ["linear_attention", "full_attention"]}
     chunked = {**_SMALL, "layer_types": ["chunked_attention", "full_attention"]}
     return {
         "encoder-decoder": (transformers.T5ForConditionalGeneration(t5), "an encoder-decoder"),
@@ -58,7 +57,6 @@ def refused_models():
             build("Mamba", vocab_size=40, hidden_size=16, num_hidden_layers=1),
             "recurrent",
         ),
-        "hybrid": (build("Qwen3Next", **qwen35, num_experts=0), "recurrent layers, whose state"),
         "layer type": (tiny_model("llama", **chunked), r"layers of type \['chunked_attention'\]"),
         "no registry": (
             build("GPTJ", vocab_size=40, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
@@ -75,7 +73,6 @@ def refused_models():
     [
         "encoder-decoder",
         "recurrent",
-        "hybrid",
         "layer type",
         "no registry",
         "bidirectional",
