@@ -10,10 +10,8 @@ checkpointed layers run again in backward, when any state outside the call has m
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +19,8 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import EMPTY_MASK, NAME
 from hf_prefix_patch.backends.base import Needs
-from hf_prefix_patch.packed import is_packed, take_packed
+from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embeddings
+from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
 from hf_prefix_patch.planned import plan_of
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, ROW_INPUTS, Plan, forget, recall_plan
 from hf_prefix_patch.recurrent import TreeRecurrence, recurrence_of
@@ -36,18 +35,19 @@ from hf_prefix_patch.support import (
 from hf_prefix_patch.tree import PrefixTree
 
 OnBypass = Literal["warn", "ignore", "raise"]
-Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _STATE = "_prefix_sharing"
 _PATIENCE = 8  # training calls without a shared token before saying so
 
 
 class BackbonePatch:
-    """State of one patched decoder stack; lives on the module as a plain attribute."""
+    """State of one patched decoder stack, or of the composite around one; lives on the module as a
+    plain attribute."""
 
     def __init__(self, backbone: PreTrainedModel, backend: str, on_bypass: OnBypass) -> None:
+        decoder = decoder_of(backbone)
         self.backend = backend
-        self._structure = structure_of(backbone)
+        self._structure = structure_of(decoder)
         self._selections: dict[tuple[str, Needs], Selection] = {}
         self.on_bypass: OnBypass = on_bypass
         self.stats = SharingStats()
@@ -56,9 +56,11 @@ class BackbonePatch:
         self._hooks: list[Any] = []
         self.recurrence: TreeRecurrence | None = None
         setattr(backbone, _STATE, self)  # first: it is what undoes the rest
-        _swap_attention_configs(backbone)
+        _swap_attention_configs(decoder)
         self._hooks.append(backbone.register_forward_pre_hook(pack_rows, with_kwargs=True))
-        self._hooks.append(backbone.register_forward_hook(unpack_rows, with_kwargs=True))
+        if decoder is not backbone:
+            self._hooks.append(decoder.register_forward_pre_hook(pack_embeddings, with_kwargs=True))
+        self._hooks.append(decoder.register_forward_hook(unpack_rows, with_kwargs=True))
 
     def refresh(self, backbone: PreTrainedModel) -> None:
         """Look at the model again: its kernels may have been exchanged since.
@@ -66,7 +68,7 @@ class BackbonePatch:
         Raises:
             NotImplementedError: recurrent layers that cannot follow the tree.
         """
-        self.recurrence = recurrence_of(backbone)
+        self.recurrence = recurrence_of(decoder_of(backbone))
 
     def remove(self, backbone: PreTrainedModel) -> None:
         self.recurrence = None
@@ -90,11 +92,32 @@ class BackbonePatch:
         Raises:
             NotImplementedError, RuntimeError: as `select`.
         """
-        needs = needs_of(backbone, self._structure)
+        needs = needs_of(decoder_of(backbone), self._structure)
         key = self.backend, needs
         if key not in self._selections:
             self._selections[key] = select(self.backend, needs, type(backbone).__name__)
         return self._selections[key]
+
+    def packed_arguments(
+        self, decoder: PreTrainedModel, plan: Plan, device: torch.device, packed: bool
+    ) -> dict[str, Any]:
+        """What goes with the tokens of a packed row: a call of the decoder, counted here.
+
+        Args:
+            packed: whether the caller gave the packed row, and gets one back.
+        """
+        chosen, tree = self.selection(decoder), plan.on(device)
+        self.stats.add(tree)
+        arguments = tree.model_kwargs() | plan.backend_kwargs(chosen.backend, chosen.needs)
+        arguments |= {
+            "attention_mask": torch.zeros(EMPTY_MASK, dtype=decoder.dtype, device=device),
+            "use_cache": False,
+            "tree_backend": chosen.backend,
+            "tree_rows": None if packed else tree,
+        }
+        if self.recurrence is not None:
+            arguments["tree_recurrence"] = self.recurrence
+        return arguments
 
     def bypass(self, reason: str, *, training: bool) -> None:
         """Count a call that runs as it is, and tell the user as asked."""
@@ -130,26 +153,22 @@ class BackbonePatch:
             )
 
 
-def _untraced(function: Hook) -> Hook:
-    """Keep torch.compile out: the hooks read token ids on the host."""
-    return cast(Hook, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-
-
 def patch_of(backbone: PreTrainedModel) -> BackbonePatch | None:
     """The patch that a decoder stack carries, if any."""
     return backbone.__dict__.get(_STATE)
 
 
-@_untraced
+@untraced
 def pack_rows(
     backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: replace the rows by their packed row where that is exact and gains."""
+    """Forward pre-hook: replace the rows by their packed row where that is exact and gains.
+
+    A composite keeps its rows, and takes the plan to its text decoder.
+    """
     patch = patch_of(backbone)
     assert patch is not None, "the hook outlived its patch"
-    inputs = dict(kwargs)
-    if args:
-        inputs |= zip(inspect.signature(backbone.forward).parameters, args, strict=False)
+    inputs = by_name(backbone, args, kwargs)
     packed = is_packed(inputs)
     if packed:
         plan, inputs = take_packed(backbone, inputs)
@@ -161,21 +180,15 @@ def pack_rows(
     if plan.reason is not None and not packed:
         patch.bypass(plan.reason, training=training)
         return None
-    chosen = patch.selection(backbone)
+    if decoder_of(backbone) is not backbone:
+        if packed:
+            inputs["position_ids"] = plan.on(inputs["input_ids"].device).position_ids
+        call = PlannedCall.of(patch, plan, inputs, packed)
+        return (), inputs | {"use_cache": False, CALL: call}
     ids = inputs["input_ids"]
-    tree = plan.on(ids.device)
-    patch.stats.add(tree)
-    inputs |= tree.model_kwargs() | plan.backend_kwargs(chosen.backend, chosen.needs)
-    inputs |= {
-        "input_ids": ids if packed else tree.pack(ids),
-        "attention_mask": torch.zeros(EMPTY_MASK, dtype=backbone.dtype, device=ids.device),
-        "use_cache": False,
-        "tree_backend": chosen.backend,
-        "tree_rows": None if packed else tree,
-    }
-    if patch.recurrence is not None:
-        inputs["tree_recurrence"] = patch.recurrence
-    return (), inputs
+    if not packed:
+        inputs["input_ids"] = plan.on(ids.device).pack(ids)
+    return (), inputs | patch.packed_arguments(backbone, plan, ids.device, packed)
 
 
 def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str, Any]) -> Plan:
@@ -184,14 +197,15 @@ def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str
     if reason is not None:
         return Plan(None, reason)
     plan = plan_of(inputs) or recall_plan([inputs.get(name) for name in ROW_INPUTS])
-    if plan.reason is None and rope_depends_on_length(backbone.config) and plan.padded_beyond:
+    config = decoder_of(backbone).config
+    if plan.reason is None and rope_depends_on_length(config) and plan.padded_beyond:
         return Plan(None, "rotary frequencies that depend on padding")
     if plan.reason is None and patch.sees_padding and plan.padded_before:
         return Plan(None, "recurrent layers with a bias that is added to padding before a row")
     return plan
 
 
-@_untraced
+@untraced
 def unpack_rows(
     backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:

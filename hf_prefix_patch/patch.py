@@ -13,6 +13,7 @@ from typing import Any, get_args
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import BACKENDS
+from hf_prefix_patch.composite import decoder_of
 from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.selection import Selection
@@ -172,7 +173,7 @@ def enable_prefix_sharing(
     )
     models = list({id(model): model for model in map(unwrap, _models(target))}.values())
     for model in models:
-        check_model(model)
+        check_model(model, decoder_of(backbone_of(model)))
     if is_trainer(target):
         check_trainer(target)
     backbones = [backbone_of(model) for model in models]

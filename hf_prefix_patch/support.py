@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,24 +22,25 @@ CACHE_BY_DEFAULT = "key/value cache by default"
 # Inputs of a decoder stack that sharing understands, or that do not change its hidden states.
 _KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"}
 _KNOWN_INPUTS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
-_KNOWN_INPUTS |= {"return_dict", "labels", "shift_labels", "num_items_in_batch"}
+_KNOWN_INPUTS |= {"return_dict", "labels", "shift_labels", "num_items_in_batch", "logits_to_keep"}
+
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""What composite models are told of their tokens: whether they stand for text or for an image."""
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
     """Refuse a model whose packed row could differ from its rows.
+
+    Args:
+        model: as the user has it.
+        decoder: the stack of it that runs on the packed row.
 
     Raises:
         NotImplementedError: names the feature and what to do about it.
     """
-    name, config = type(model).__name__, model.config
-    if getattr(config, "is_encoder_decoder", False):
+    name, config = type(model).__name__, decoder.config
+    if model.config.is_encoder_decoder or config.is_encoder_decoder:
         raise refusal(name, "is an encoder-decoder", "sharing needs a decoder-only model")
-    if config.get_text_config() is not config:
-        raise refusal(
-            name,
-            "is a composite (vision- or audio-language) model",
-            "sharing needs a text-only decoder",
-        )
     known = SHARED_LAYER_TYPES | _RECURRENT_LAYER_TYPES | _TOKENWISE_LAYER_TYPES
     others = sorted(set(layer_types(config)) - known)
     if others:
@@ -46,7 +48,7 @@ def check_model(model: PreTrainedModel) -> None:
             name, f"has layers of type {others}", f"sharing needs {sorted(SHARED_LAYER_TYPES)}"
         )
     # Hybrids do not say so, whether they do or not; of those that can follow the tree all do.
-    if not (is_recurrent(model) or getattr(model, "_supports_attention_backend", False)):
+    if not (is_recurrent(decoder) or getattr(decoder, "_supports_attention_backend", False)):
         raise refusal(
             name,
             "does not call its attention through transformers' attention registry "
@@ -54,7 +56,7 @@ def check_model(model: PreTrainedModel) -> None:
             "sharing needs that; try a newer transformers",
         )
     if not _is_causal(config) or any(
-        getattr(module, "is_causal", True) is False for module in model.modules()
+        getattr(module, "is_causal", True) is False for module in decoder.modules()
     ):
         raise refusal(name, "uses bidirectional attention", "sharing needs causal attention")
     unsloth = next((m for m in model.modules() if _is_unsloth(m)), None)
@@ -157,14 +159,14 @@ def bypass_reason(backbone: PreTrainedModel, inputs: dict[str, Any]) -> str | No
     """Why this call must run as it is; None if its rows can be packed.
 
     Args:
-        backbone: the decoder stack.
+        backbone: the decoder stack, or the composite around it.
         inputs: its keyword arguments, `input_ids` `[R, L]` among them.
     """
     return next(_bypass_reasons(backbone, inputs), None)
 
 
 def _bypass_reasons(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Iterator[str]:
-    config, ids = backbone.config, inputs.get("input_ids")
+    config, ids = backbone.config.get_text_config(decoder=True), inputs.get("input_ids")
     if ids is None or inputs.get("inputs_embeds") is not None:
         yield "inputs_embeds"
         return
@@ -186,8 +188,11 @@ def _bypass_reasons(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Iterat
     asked = inputs.get("output_attentions")
     if getattr(config, "output_attentions", False) if asked is None else asked:
         yield "output_attentions"
+    known = _KNOWN_INPUTS
+    if config is not backbone.config:
+        known = known.union(TOKEN_TYPES, _options(backbone, inputs))
     for name, x in inputs.items():
-        if name not in _KNOWN_INPUTS and x is not None:
+        if name not in known and x is not None:
             yield f"input {name!r}"
     if not _is_causal(config):
         yield "bidirectional attention"
@@ -197,6 +202,13 @@ def _bypass_reasons(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Iterat
         yield "adapters chosen by row"
     if _context_parallel():
         yield "context parallel"
+
+
+def _options(composite: PreTrainedModel, inputs: dict[str, Any]) -> set[str]:
+    """Inputs that say how a composite treats images, and hold none; others it would hand on."""
+    own = inspect.signature(composite.forward).parameters.keys() & inputs.keys()
+    lists = {name: x if isinstance(x, list | tuple) else [x] for name, x in inputs.items()}
+    return {name for name in own if all(isinstance(x, int | float | str) for x in lists[name])}
 
 
 def _is_causal(config: Any) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_prefix_patch.composite import decoder_of
 from hf_prefix_patch.hooks import BackbonePatch, patch_of
 from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.support import has_experts
@@ -60,7 +61,7 @@ def verify_sharing(backbone: PreTrainedModel) -> None:
     rows = [row[real] for row, real in zip(error, mask.bool(), strict=True)]
     dtype = patch.selection(backbone).needs.dtype
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
-    routed = dtype in TOLERANCE and has_experts(backbone.config)
+    routed = dtype in TOLERANCE and has_experts(decoder_of(backbone).config)
     worst = max((row[_RESPONSE:].median() if routed else row.max()).item() for row in rows)
     least, most = TOLERANCE.get(dtype, TOLERANCE_FP32)
     noise = _error(moved, unshared)[mask.bool()].max().item()
@@ -91,7 +92,7 @@ def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     length = max(map(sum, ((p, max(c, r)) for p, c, r in (_RIGHT, _LEFT)))) + 1
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(
-        0, backbone.config.vocab_size, (4, length), generator=generator, device="cpu"
+        0, decoder_of(backbone).config.vocab_size, (4, length), generator=generator, device="cpu"
     )
     mask = torch.zeros_like(ids)
     prompt, chosen, rejected = _RIGHT

@@ -106,13 +106,18 @@ NO_SDPA = {"gemma2", "gpt-oss", "mamba2"}
 """Families for which transformers has no sdpa: a soft cap, sinks, no attention at all."""
 
 
+def sizes() -> dict[str, Any]:
+    """What all configs here have in common."""
+    return dict(_SIZES)
+
+
 def tiny_model(family: str = "llama", attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
     """A model of two to four layers in fp32, the same weights at every call, in training mode."""
     name, options = (FAMILIES | HYBRIDS)[family]
     kind = f"{name}TextConfig" if name in ("Gemma3", "Qwen3_5") else f"{name}Config"
     if family in NO_SDPA:
         attention = "eager"
-    sizes = {**_SIZES, **options, **changes}
-    config = getattr(transformers, kind)(**sizes, attn_implementation=attention)
+    merged = {**sizes(), **options, **changes}
+    config = getattr(transformers, kind)(**merged, attn_implementation=attention)
     torch.manual_seed(0)
     return getattr(transformers, f"{name}ForCausalLM")(config).train()

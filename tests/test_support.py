@@ -89,18 +89,6 @@ def test_refused_models(kind):
     assert not hasattr(model.base_model, "_prefix_sharing")
 
 
-def test_vision_language_models_are_refused():
-    config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**_SMALL),
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-        ),
-    )
-    model = transformers.LlavaForConditionalGeneration(config)
-    with pytest.raises(NotImplementedError, match="composite"):
-        enable_prefix_sharing(model)
-
-
 @pytest.mark.parametrize("kind", ["POLY", "XLORA", "LILY", "SHADOW", "velora"])
 def test_adapters_that_depend_on_the_batch_are_refused(kind):
     plain = {"peft_type": "LORA", "velora_config": None, "is_prompt_learning": False}

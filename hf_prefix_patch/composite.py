@@ -1,0 +1,184 @@
+"""Composite models: a text decoder behind embeddings that images or sound may join.
+
+A composite is called with token ids, so its call is planned there. What it makes of them, it makes
+of the rows as ever: embeddings, positions of one or several axes, masks. Its text decoder is called
+with those, and they are packed there, if they say of every token what the plan takes for granted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from hf_prefix_patch.packed import by_name, untraced
+from hf_prefix_patch.plans import Plan
+from hf_prefix_patch.support import TOKEN_TYPES, refusal
+from hf_prefix_patch.tree import PrefixTree
+
+if TYPE_CHECKING:
+    from hf_prefix_patch.hooks import BackbonePatch
+
+CALL = "tree_call"
+"""The argument that takes a planned call to the text decoder."""
+
+
+def decoder_of(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The text decoder of a composite's inner model; of any other model, the model itself.
+
+    Raises:
+        NotImplementedError: a composite whose text decoder is no module of its own.
+    """
+    text_config = backbone.config.get_text_config(decoder=True)
+    if text_config is backbone.config or backbone.config.is_encoder_decoder:
+        return backbone
+    decoder = backbone.get_decoder()  # type: ignore[no-untyped-call]
+    if isinstance(decoder, PreTrainedModel):
+        decoder = decoder.base_model  # some composites hold a causal LM
+    if not isinstance(decoder, PreTrainedModel) or decoder is backbone:
+        raise refusal(
+            type(backbone).__name__,
+            "is a composite (vision- or audio-language) model without a text decoder of its own",
+            "run it unpatched",
+        )
+    return decoder if decoder.config is text_config else decoder_of(decoder)
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedCall:
+    """A call of a composite that can be shared, on its way to the text decoder.
+
+    Attributes:
+        patch: of the composite.
+        plan: its tree.
+        mask: `[R, L]`, what the composite was called with; None if every token is real.
+        token_types: `[R, L]` each, what the composite was told of its tokens.
+        packed: whether the call holds a packed row, not rows.
+    """
+
+    patch: BackbonePatch
+    plan: Plan
+    mask: Tensor | None
+    token_types: dict[str, Tensor]
+    packed: bool
+
+    @classmethod
+    def of(
+        cls, patch: BackbonePatch, plan: Plan, inputs: dict[str, Any], packed: bool
+    ) -> PlannedCall:
+        types = {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
+        return cls(patch, plan, inputs.get("attention_mask"), types, packed)
+
+    def pack(
+        self, decoder: PreTrainedModel, inputs: dict[str, Any]
+    ) -> tuple[dict[str, Any], str | None]:
+        """What the text decoder is called with on the packed row, or why it runs on rows.
+
+        Args:
+            decoder: the text decoder.
+            inputs: what the composite calls it with: `inputs_embeds` `[R, L, H]` or token ids,
+                `position_ids` `[R, L]` or `[A, R, L]` for `A` axes, masks, and others.
+        """
+        tree = self.plan.on(_tokens(inputs).device)
+        rows = (1, tree.packed_tokens) if self.packed else (tree.num_rows, tree.row_length)
+        if not self._has_plain_mask(decoder, inputs):
+            return inputs, "a mask that is not causal attention to real tokens"
+        for name, x in self.token_types.items():
+            if not self.packed and not _agrees(tree, x):
+                return inputs, f"{name} that differ between rows"
+        result = dict(inputs)
+        for name, x in inputs.items():
+            if name in ("attention_mask", CALL) or not isinstance(x, Tensor | list | tuple):
+                continue
+            if isinstance(x, Tensor) and name == "position_ids":
+                x = x.expand(*x.shape[:-2], *rows)
+                if not self.packed and not _agrees(tree, x.movedim((-2, -1), (0, 1))):
+                    return inputs, "position_ids that differ between rows"
+                result[name] = x if self.packed else _pack_axes(tree, x)
+            elif isinstance(x, Tensor) and tuple(x.shape[:2]) == rows:
+                if not (self.packed or x.is_floating_point() or _agrees(tree, x)):
+                    return inputs, f"input {name!r} that differs between rows"
+                result[name] = x if self.packed else tree.pack(x)
+            else:
+                return inputs, f"input {name!r} of the text decoder"
+        return result, None
+
+    def _has_plain_mask(self, decoder: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+        """Whether the decoder was handed the caller's mask, or what transformers makes of it."""
+        handed, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        embeddings = inputs.get("inputs_embeds")
+        if handed is self.mask or embeddings is None:
+            return handed is self.mask
+        if positions is not None and positions.ndim != 2:
+            positions = None
+        no_blocks = torch.full(embeddings.shape[:2], -1, device=embeddings.device)
+        return any(
+            _same(
+                handed,
+                create_masks_for_generate(
+                    decoder.config,
+                    embeddings,
+                    self.mask,
+                    None,
+                    position_ids=positions,
+                    block_sequence_ids=blocks,
+                ),
+            )
+            for blocks in (None, no_blocks)  # left out where sdpa needs none, or written out
+        )
+
+
+@untraced
+def pack_embeddings(
+    decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a text decoder: replace what its composite made of rows by the packed
+    row, if the composite's call was planned."""
+    call: PlannedCall | None = kwargs.get(CALL)
+    if call is None:
+        return None
+    inputs = by_name(decoder, args, kwargs)
+    del inputs[CALL]
+    inputs, reason = call.pack(decoder, inputs)
+    if reason is not None:
+        if call.packed:
+            raise ValueError(
+                f"a packed row cannot run with: {reason}; use a collator with layout='rows'"
+            )
+        call.patch.bypass(reason, training=decoder.training and torch.is_grad_enabled())
+        return (), inputs
+    device = _tokens(inputs).device
+    arguments = call.patch.packed_arguments(decoder, call.plan, device, call.packed)
+    if inputs.get("position_ids") is not None:
+        del arguments["position_ids"]
+    return (), inputs | arguments
+
+
+def _tokens(inputs: dict[str, Any]) -> Tensor:
+    """Embeddings, or ids where the decoder looks them up itself."""
+    found = [inputs.get(name) for name in ("inputs_embeds", "input_ids")]
+    return next(x for x in found if isinstance(x, Tensor))
+
+
+def _same(handed: Any, plain: Any) -> bool:
+    if isinstance(handed, dict) and isinstance(plain, dict):
+        return handed.keys() == plain.keys() and all(_same(handed[k], plain[k]) for k in plain)
+    if isinstance(handed, Tensor) and isinstance(plain, Tensor):
+        alike = (handed.shape, handed.dtype) == (plain.shape, plain.dtype)
+        return alike and torch.equal(handed, plain)
+    return handed is None and plain is None
+
+
+def _agrees(tree: PrefixTree, x: Tensor) -> bool:
+    """Whether `[R, L, ...]` is the same in all cells of each packed token."""
+    flat = x.flatten(0, 1)
+    return bool((flat[tree.cell] == flat[tree.source][tree.packed_index]).all())
+
+
+def _pack_axes(tree: PrefixTree, positions: Tensor) -> Tensor:
+    """`[..., R, L]` to `[..., 1, N]`."""
+    return tree.pack(positions.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))

@@ -1,0 +1,302 @@
+"""Composite models: batches of text are shared, batches with images run as they are."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from batches import LayerTokens, assert_same_run, gradients, pad_rows, preference_batch, run
+from composites import COMPOSITES, IMAGE, image_batch, tiny_composite
+from peft import LoraConfig, get_peft_model
+from transformers.masking_utils import create_masks_for_generate
+from transformers.models.gemma3 import modeling_gemma3
+
+import hf_prefix_patch
+from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
+from hf_prefix_patch.composite import decoder_of
+
+CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
+
+
+def text_batch(padding="right"):
+    """No token that stands for an image."""
+    return preference_batch(padding, vocab=45)
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", COMPOSITES)
+def test_logps_and_gradients_of_text_equal_the_unpatched_model(family, padding, mode):
+    model = tiny_composite(family)
+    if CHECKPOINTING[mode] is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[mode]})
+        model.enable_input_require_grads()
+    batch = text_batch(padding)
+    want = run(model, batch)
+    seen = LayerTokens(decoder_of(model.base_model))
+    with enable_prefix_sharing(model) as sharing:
+        seen.shapes.clear()
+        got = run(model, batch)
+    assert_same_run(got, want)
+    packed = sharing.stats.packed_tokens
+    assert packed < batch.attention_mask.sum()
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (1, {})
+    assert set(seen.shapes) == {(1, packed)}
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3.5", "llava", "gemma3", "smolvlm"])
+def test_batches_with_images_run_as_they_are(family):
+    model = tiny_composite(family)
+    batch, images = image_batch(family)
+    want, without = run(model, batch, **images), run(model, batch)
+    assert not torch.equal(want[0], without[0])  # the image counts
+    bypass = pytest.warns(UserWarning, match="bypassed: input 'pixel_values'")
+    with enable_prefix_sharing(model) as sharing, bypass:
+        got = run(model, batch, **images)
+        assert set(sharing.stats.bypassed) >= {"input 'pixel_values'"}
+        assert sharing.stats.calls == 0
+        # The same rows without their image are text to the model: shared.
+        assert_same_run(run(model, batch), without)
+        assert sharing.stats.calls == 1
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(got[1][name], gradient) for name, gradient in want[1].items())
+
+
+@pytest.mark.parametrize("given", ["pixel_values_videos", "image_grid_thw", "mm_encoder_outputs"])
+def test_other_inputs_of_other_modalities(given):
+    """Whatever is not text is named as the reason; nothing of it reaches the model here."""
+    model = tiny_composite("qwen2.5-vl")
+    value = {"image": None} if given == "mm_encoder_outputs" else torch.ones(1, 3)
+    reason = hf_prefix_patch.support.bypass_reason(
+        model.model, {**text_batch().inputs, given: value}
+    )
+    assert reason == f"input {given!r}"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("gemma3", "token_type_ids"), ("qwen2.5-vl", "mm_token_type_ids")]
+)
+def test_token_types_of_text(family, name):
+    """All of them zero: text, shared."""
+    model, batch = tiny_composite(family), text_batch()
+    types = {name: torch.zeros_like(batch.input_ids)}
+    want = run(model, batch, **types)
+    with enable_prefix_sharing(model) as sharing:
+        got = run(model, batch, **types)
+    assert_same_run(got, want)
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (1, {})
+
+
+def test_token_types_that_change_the_mask():
+    """Gemma3's tokens of one image see each other, whether or not there is an image."""
+    model, batch = tiny_composite("gemma3"), text_batch()
+    types = torch.zeros_like(batch.input_ids)
+    types[:, 2:5] = 1
+    want = run(model, batch, token_type_ids=types)
+    bypass = pytest.warns(UserWarning, match="a mask that is not causal attention to real tokens")
+    with enable_prefix_sharing(model) as sharing, bypass:
+        got = run(model, batch, token_type_ids=types)
+    assert torch.equal(got[0], want[0])
+    assert (sharing.stats.calls, sharing.stats.bypassed.total()) == (0, 1)
+
+
+def test_token_types_that_differ_between_rows():
+    model, batch = tiny_composite("qwen2.5-vl"), text_batch()
+    types = torch.zeros_like(batch.input_ids)
+    types[0, 1] = 1
+    want = run(model, batch, mm_token_type_ids=types)
+    bypass = pytest.warns(UserWarning, match="mm_token_type_ids that differ between rows")
+    with enable_prefix_sharing(model), bypass:
+        assert torch.equal(run(model, batch, mm_token_type_ids=types)[0], want[0])
+
+
+def hand_down(model, **changes):
+    """Have the composite call its decoder with something else."""
+    decoder = decoder_of(model.base_model)
+    return decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | changes), with_kwargs=True
+    )
+
+
+def axes(moved=0, rows=4):
+    """Three position ids a token; the last is moved in the first row."""
+    positions = torch.arange(15).expand(3, rows, 15).clone()
+    positions[2, 0] += moved
+    return positions
+
+
+DECODER_INPUTS = {
+    "position_ids that differ between rows": {"position_ids": axes(moved=3)},
+    "a mask that is not causal attention to real tokens": {
+        "attention_mask": torch.ones(4, 1, 15, 15, dtype=torch.bool)
+    },
+    "input 'visual_pos_masks' that differs between rows": {
+        "visual_pos_masks": torch.arange(60).view(4, 15) == 2
+    },
+    "input 'deepstack_visual_embeds' of the text decoder": {
+        "visual_pos_masks": torch.zeros(4, 15, dtype=torch.bool),
+        "deepstack_visual_embeds": [torch.zeros(1, 32)],
+    },
+}
+
+
+@pytest.mark.parametrize("reason", DECODER_INPUTS)
+def test_what_a_composite_hands_its_decoder_is_looked_at(reason):
+    model, batch = tiny_composite("qwen3-vl-moe"), text_batch()
+    hand_down(model, **DECODER_INPUTS[reason])
+    want = run(model, batch)
+    with enable_prefix_sharing(model, verify=False, on_bypass="ignore") as sharing:
+        got = run(model, batch)
+    assert torch.equal(got[0], want[0])
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (0, {reason: 1})
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_positions_of_several_axes_are_packed(rows):
+    """What a composite computes for its decoder, one line for all rows or one for each; here
+    positions twice as far apart as columns."""
+    model, batch = tiny_composite("qwen3-vl-moe"), text_batch()
+    hand_down(model, position_ids=axes(rows=rows) * 2)
+    want = run(model, batch)
+    with enable_prefix_sharing(model, verify=False) as sharing:
+        got = run(model, batch)
+    assert_same_run(got, want)
+    assert sharing.stats.calls == 1
+
+
+def test_positions_given_by_the_caller():
+    model, ragged = tiny_composite("qwen2.5-vl"), text_batch()
+    rows = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(ragged.input_ids, ragged.attention_mask, strict=True)
+    ]
+    batch = pad_rows(rows, [9, 7, 9, 7], "left")
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    want = run(model, batch, position_ids=positions)
+    with enable_prefix_sharing(model) as sharing:
+        got = run(model, batch, position_ids=positions)
+    assert_same_run(got, want)
+    assert sharing.stats.packed_tokens == 33
+
+
+def test_branches_do_not_see_each_other():
+    model = tiny_composite("gemma3").eval()
+    prompt, rejected = list(range(5, 14)), [41, 42, 43, 44]
+    batches = [
+        pad_rows([prompt + chosen, prompt + rejected], [9, 9], "right")
+        for chosen in ([31, 32, 33, 34, 35], [29, 28, 27, 26, 25])
+    ]
+    with torch.no_grad(), enable_prefix_sharing(model):
+        one, other = (model(**batch.inputs, use_cache=False).logits for batch in batches)
+    assert torch.equal(one[1, :13], other[1, :13])
+    assert (one[0, 9:] - other[0, 9:]).abs().max() > 1e-2
+
+
+def test_hidden_states_and_auxiliary_loss():
+    model, batch = tiny_composite("qwen3-vl-moe"), text_batch()
+    asked = {"output_hidden_states": True, "output_router_logits": True}
+    want = model(**batch.inputs, **asked)
+    with enable_prefix_sharing(model):
+        got = model(**batch.inputs, **asked)
+    real = batch.attention_mask.bool()
+    for ours, theirs in zip(got.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.aux_loss, want.aux_loss)
+
+
+@pytest.mark.parametrize("family", [name for name in COMPOSITES if name != "qwen3.5"])
+def test_packed_batches(family):
+    model = tiny_composite(family)
+    features = [
+        {"prompt_ids": [5, 6, 7, 8, 9], "chosen_ids": [10, 11, 12], "rejected_ids": [10, 13]},
+        {"prompt_ids": [5, 6, 14, 15], "chosen_ids": [16, 17], "rejected_ids": [18, 19, 20, 21]},
+    ]
+    results = []
+    for layout in ("rows", "packed"):
+        batch = DataCollatorWithPrefixSharing(0, layout=layout)(features)
+        model.zero_grad()
+        if layout == "packed":
+            sharing = enable_prefix_sharing(model)
+        logps = hf_prefix_patch.completion_logps(model, batch)
+        (logps * torch.linspace(1.0, -0.7, 4)).sum().backward()
+        results.append((logps.detach(), gradients(model)))
+    assert_same_run(results[1], results[0])
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (1, {})
+
+
+def test_a_packed_row_that_its_decoder_cannot_run():
+    model = tiny_composite("qwen3-vl-moe")
+    hand_down(model, deepstack_visual_embeds=[torch.zeros(1, 32)])
+    enable_prefix_sharing(model, verify=False)
+    features = [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}]
+    batch = DataCollatorWithPrefixSharing(0, layout="packed")(features)
+    with pytest.raises(ValueError, match=r"a packed row cannot run with: input 'deepstack"):
+        hf_prefix_patch.completion_logps(model, batch)
+
+
+def test_removal_copies_and_wrappers():
+    """LoRA in decoder and vision tower; the copy and the stored model share by themselves."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(tiny_composite("llava"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = text_batch()
+    want = run(model, batch)
+    sharing = enable_prefix_sharing(model)
+    assert enable_prefix_sharing(model)._patches == sharing._patches
+    copied, stored = copy.deepcopy(model), pickle.dumps(model)
+    assert sharing.backend == "sdpa"
+    assert_same_run(run(model, batch), want, of_model=True)
+    sharing.remove()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert torch.equal(run(model, batch)[0], want[0])
+    assert_same_run(run(copied, batch), want, of_model=True)
+    assert_same_run(run(pickle.loads(stored), batch), want, of_model=True)
+    assert copied.base_model.model.model._prefix_sharing.stats.calls == 1
+
+
+def test_calls_of_the_decoder_alone_run_as_they_are():
+    model, batch = tiny_composite("llava").eval(), text_batch()
+    want = model.model.language_model(**batch.inputs).last_hidden_state
+    with enable_prefix_sharing(model) as sharing:
+        got = model.model.language_model(**batch.inputs).last_hidden_state
+    assert torch.equal(got, want)
+    assert sharing.stats.calls == 0
+
+
+def test_bidirectional_decoders_are_refused():
+    text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    eye = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.PaliGemmaConfig(
+        text_config={**text, **heads, "model_type": "gemma"},
+        vision_config={**eye, "num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+        image_token_index=IMAGE,
+    )
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    with pytest.raises(NotImplementedError, match="bidirectional attention"):
+        enable_prefix_sharing(model)
+
+
+def test_decoders_that_are_handed_another_mask_are_refused(monkeypatch):
+    """Bidirectional attention that no config tells of."""
+
+    def see_all(*args, **kwargs):
+        return create_masks_for_generate(
+            *args, **kwargs, or_mask_function=lambda b, h, q, k: q >= 0
+        )
+
+    monkeypatch.setattr(modeling_gemma3, "create_masks_for_generate", see_all)
+    model = tiny_composite("gemma3")
+    with pytest.raises(RuntimeError, match=r"bypassed: \{'a mask that is not causal attention"):
+        enable_prefix_sharing(model)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_composite_without_a_decoder_of_its_own(monkeypatch):
+    model = tiny_composite("llava")
+    monkeypatch.setattr(type(model.model), "get_decoder", lambda self: self)
+    with pytest.raises(NotImplementedError, match="without a text decoder of its own"):
+        enable_prefix_sharing(model)
