@@ -83,7 +83,8 @@ def _error(got: Tensor, want: Tensor) -> Tensor:
 
 def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """`[4, L]` ids and attention mask: chosen and rejected of a right- and a left-padded pair."""
-    weight = next(backbone.parameters())
+    decoder = decoder_of(backbone)
+    weight = next(decoder.parameters())
     if weight.is_meta:
         raise RuntimeError(
             "the model's weights are on the meta device, so sharing cannot be verified; load them "
@@ -92,7 +93,7 @@ def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     length = max(map(sum, ((p, max(c, r)) for p, c, r in (_RIGHT, _LEFT)))) + 1
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(
-        0, decoder_of(backbone).config.vocab_size, (4, length), generator=generator, device="cpu"
+        0, decoder.config.vocab_size, (4, length), generator=generator, device="cpu"
     )
     mask = torch.zeros_like(ids)
     prompt, chosen, rejected = _RIGHT

@@ -9,6 +9,7 @@ import transformers
 from batches import LayerTokens, assert_same_run, gradients, pad_rows, preference_batch, run
 from composites import COMPOSITES, IMAGE, image_batch, tiny_composite
 from peft import LoraConfig, get_peft_model
+from tiny_trl import SPECIAL_TOKENS, WORDS, assert_same_log, run_dpo
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.gemma3 import modeling_gemma3
 
@@ -300,3 +301,19 @@ def test_a_composite_without_a_decoder_of_its_own(monkeypatch):
     monkeypatch.setattr(type(model.model), "get_decoder", lambda self: self)
     with pytest.raises(NotImplementedError, match="without a text decoder of its own"):
         enable_prefix_sharing(model)
+
+
+def test_dpo_of_trl_on_text(tmp_path):
+    """A vision-language model with recurrent layers, policy and reference: the same log."""
+    logs = []
+    for sharing in (None, "trainer"):
+        vocab = len(SPECIAL_TOKENS) + len(WORDS)
+        model = tiny_composite("qwen3.5", vocab_size=vocab, max_position_embeddings=128)
+        model.save_pretrained(tmp_path / "model")
+        model = type(model).from_pretrained(tmp_path / "model", dtype=torch.float32)
+        trained = run_dpo(model, tmp_path, sharing=sharing, learning_rate=1e-4)
+        logs.append(trained.log)
+    assert_same_log(logs[1], logs[0])
+    assert (trained.handle.stats.calls, trained.handle.stats.bypassed) == (6, {})
+    assert trained.handle.stats.sharing_ratio > 1.5
+    trained.handle.remove()
