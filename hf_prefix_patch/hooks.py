@@ -46,10 +46,9 @@ class BackbonePatch:
 
     def __init__(self, backbone: PreTrainedModel, backend: str, on_bypass: OnBypass) -> None:
         decoder = decoder_of(backbone)
-        self.backend = backend
+        self.configure(backend, on_bypass)
         self._structure = structure_of(decoder)
         self._selections: dict[tuple[str, Needs], Selection] = {}
-        self.on_bypass: OnBypass = on_bypass
         self.stats = SharingStats()
         self.warned: set[str] = set()
         self.unshared_training_calls: int | None = 0  # None once something was shared
@@ -69,6 +68,12 @@ class BackbonePatch:
             NotImplementedError: recurrent layers that cannot follow the tree.
         """
         self.recurrence = recurrence_of(decoder_of(backbone))
+
+    def configure(self, backend: str, on_bypass: OnBypass, cache_by_default: bool = True) -> None:
+        """Set the options; `cache_by_default` as in `bypass_reason`."""
+        self.backend = backend
+        self.on_bypass: OnBypass = on_bypass
+        self.cache_by_default = cache_by_default
 
     def remove(self, backbone: PreTrainedModel) -> None:
         self.recurrence = None
@@ -126,7 +131,7 @@ class BackbonePatch:
             return
         message = f"prefix sharing is bypassed: {reason}. " + (
             "A call outside training asks for a cache by the config's default; "
-            "pass use_cache=False to share it."
+            "pass use_cache=False to share it, or set use_cache=False in the model's config."
             if reason == CACHE_BY_DEFAULT
             else "The call runs as without sharing; see docs/limits.md for what can be shared."
         )
@@ -193,7 +198,7 @@ def pack_rows(
 
 def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str, Any]) -> Plan:
     """The plan that the rows of a call carry, or else one made for them."""
-    reason = bypass_reason(backbone, inputs)
+    reason = bypass_reason(backbone, inputs, patch.cache_by_default)
     if reason is not None:
         return Plan(None, reason)
     plan = plan_of(inputs) or recall_plan([inputs.get(name) for name in ROW_INPUTS])

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import reduce
+from contextlib import ExitStack
+from functools import partial, reduce
 from operator import add
 from types import TracebackType
 from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
+from hf_prefix_patch.attach import share_model
 from hf_prefix_patch.attention import BACKENDS
-from hf_prefix_patch.composite import decoder_of
-from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
+from hf_prefix_patch.hooks import OnBypass, patch_of
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.selection import Selection
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.support import check_model
 from hf_prefix_patch.trainer import (
     TrainerPatch,
-    autocast_of,
     check_trainer,
     is_trainer,
-    models_of,
+    other_models_of,
     trainer_patch_of,
 )
-from hf_prefix_patch.verify import verify_sharing
 from hf_prefix_patch.wrappers import backbone_of, unwrap
-
-logger = logging.getLogger(__name__)
 
 
 class PrefixSharing:
@@ -105,6 +100,7 @@ def enable_prefix_sharing(
     log_metrics: bool = False,
     max_tokens_per_batch: int | None = None,
     sampler_options: Mapping[str, Any] | None = None,
+    keep_groups: bool = False,
 ) -> PrefixSharing:
     """Make a model compute what the rows of a batch share once.
 
@@ -114,8 +110,9 @@ def enable_prefix_sharing(
 
     Args:
         target: a `PreTrainedModel`, a PEFT, DDP, FSDP or compiled wrapper of one, or a
-            `transformers.Trainer` (any TRL trainer): then its model and its `ref_model`, and its
-            data collator plans the batches that it makes.
+            `transformers.Trainer` (any TRL trainer): then its model and the models that it holds
+            beside it (reference, teacher, reward models), and its data collator plans the batches
+            that it makes.
         backend: `"auto"`, which picks at every call by device, dtype and what the model's
             attention needs, or the name of one: `"torch_varlen"`, `"flash"`, `"sdpa"`, `"flex"`.
         verify: run a small random batch shared and unshared and compare (for a trainer, under its
@@ -123,8 +120,9 @@ def enable_prefix_sharing(
             random state is touched.
         on_bypass: what a training call that cannot be shared does beside running unshared and being
             counted: `"warn"` once a reason, `"ignore"`, or `"raise"` a RuntimeError; so does a
-            call outside training that is not shared for want of `use_cache=False`. Batches with
-            nothing to gain are counted only.
+            call outside training that is not shared for want of `use_cache=False`, and a model
+            beside a trainer's policy that cannot be shared. Batches with nothing to gain are
+            counted only.
         log_metrics: trainers only: add `prefix_sharing/sharing_ratio` and
             `prefix_sharing/packed_tokens` to what the trainer logs.
         max_tokens_per_batch: trainers only: training batches of at most so many unique tokens on
@@ -134,6 +132,9 @@ def enable_prefix_sharing(
             is computed from rows after the decoder, such as TRL's logits where there is no CUDA.
         sampler_options: further arguments of `PrefixSharingBatchSampler` for that, such as
             `longest_first`, `max_pairs_per_prompt` or `oversized`.
+        keep_groups: trainers that generate several completions of a prompt (GRPO, RLOO) only: deal
+            out those of one prompt together, where the trainer scatters them over the micro-batches
+            of an optimizer step. Each step has the rows that it had.
 
     Returns:
         The handle: a context manager with `.remove()`, `.stats`, `.backend`, `.passed_over` and
@@ -141,8 +142,8 @@ def enable_prefix_sharing(
 
     Raises:
         TypeError: `target` holds no `PreTrainedModel`.
-        ValueError: an unknown backend or option, an option for trainers without one, or a pair
-            that exceeds `max_tokens_per_batch`.
+        ValueError: an unknown backend or option, an option for trainers without one, a pair that
+            exceeds `max_tokens_per_batch`, or `keep_groups` where there is nothing to keep.
         NotImplementedError: a model, an adapter or a trainer option that cannot be shared exactly,
             or a named backend that cannot serve this model where it is.
         RuntimeError: the verification found a difference, or the backend's kernel computes wrong
@@ -170,37 +171,37 @@ def enable_prefix_sharing(
         log_metrics=log_metrics,
         max_tokens_per_batch=max_tokens_per_batch,
         sampler_options=sampler_options,
+        keep_groups=keep_groups,
     )
-    models = list({id(model): model for model in map(unwrap, _models(target))}.values())
-    for model in models:
-        check_model(model, decoder_of(backbone_of(model)))
-    if is_trainer(target):
-        check_trainer(target)
-    backbones = [backbone_of(model) for model in models]
-    fresh = [backbone for backbone in backbones if patch_of(backbone) is None]
-    patched = [patch for patch in map(patch_of, backbones) if patch is not None]
-    before = [(patch, patch.backend, patch.on_bypass) for patch in patched]
-    try:
-        for backbone in backbones:
-            patch = patch_of(backbone) or BackbonePatch(backbone, backend, on_bypass)
-            patch.backend, patch.on_bypass = backend, on_bypass
-            patch.refresh(backbone)
-            with autocast_of(target, backbone.device) if is_trainer(target) else nullcontext():
-                chosen = patch.selection(backbone).backend.name
-                if verify:
-                    verify_sharing(backbone)
-            name = type(backbone).__name__
-            logger.info("prefix sharing enabled on %s, backend %s", name, chosen)
+    trainer = target if is_trainer(target) else None
+    policy = unwrap(target if trainer is None else trainer.model)
+    if trainer is not None:
+        check_trainer(trainer, keep_groups)
+    with ExitStack() as undo:
+        share = partial(share_model, trainer, backend, on_bypass, verify, undo)
+        backbones = [share(policy)]
+        for name, module in other_models_of(trainer, policy):
+            try:
+                backbones.append(share(unwrap(module), is_policy=False))
+            except RuntimeError as refusal:  # NotImplementedError is one
+                if on_bypass == "raise":
+                    raise
+                if on_bypass == "warn":
+                    warnings.warn(
+                        f"prefix sharing: {name} of the trainer runs as it is: {refusal}",
+                        stacklevel=2,
+                    )
         handle = PrefixSharing(backbones)
-        if is_trainer(target):
+        if trainer is not None:
             handle._trainer_patch = TrainerPatch(
-                target, handle, log_metrics, max_tokens_per_batch, sampler_options or {}
+                trainer,
+                handle,
+                log_metrics,
+                max_tokens_per_batch,
+                sampler_options or {},
+                keep_groups,
             )
-    except BaseException:
-        PrefixSharing(fresh).remove()
-        for patch, old_backend, old_on_bypass in before:
-            patch.backend, patch.on_bypass = old_backend, old_on_bypass
-        raise
+        undo.pop_all()
     return handle
 
 
@@ -225,15 +226,13 @@ def disable_prefix_sharing(target: Any) -> None:
     Raises:
         TypeError: `target` holds no `PreTrainedModel`.
     """
-    for model in _models(target):
-        backbone = backbone_of(unwrap(model, check=False))
+    trainer = target if is_trainer(target) else None
+    policy = unwrap(target if trainer is None else trainer.model, check=False)
+    others = [unwrap(module, check=False) for _, module in other_models_of(trainer, policy)]
+    for backbone in map(backbone_of, [policy, *others]):
         patch = patch_of(backbone)
         if patch is not None:
             patch.remove(backbone)
-    trainer_patch = trainer_patch_of(target) if is_trainer(target) else None
+    trainer_patch = None if trainer is None else trainer_patch_of(trainer)
     if trainer_patch is not None:
         trainer_patch.remove()
-
-
-def _models(target: Any) -> list[Any]:
-    return models_of(target) if is_trainer(target) else [target]

@@ -155,17 +155,23 @@ def rope_depends_on_length(config: Any) -> bool:
     return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
-def bypass_reason(backbone: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
+def bypass_reason(
+    backbone: PreTrainedModel, inputs: dict[str, Any], cache_by_default: bool = True
+) -> str | None:
     """Why this call must run as it is; None if its rows can be packed.
 
     Args:
         backbone: the decoder stack, or the composite around it.
         inputs: its keyword arguments, `input_ids` `[R, L]` among them.
+        cache_by_default: whether a caller outside training who does not say so may go on from the
+            cache that the config asks for.
     """
-    return next(_bypass_reasons(backbone, inputs), None)
+    return next(_bypass_reasons(backbone, inputs, cache_by_default), None)
 
 
-def _bypass_reasons(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Iterator[str]:
+def _bypass_reasons(
+    backbone: PreTrainedModel, inputs: dict[str, Any], cache_by_default: bool
+) -> Iterator[str]:
     config, ids = backbone.config.get_text_config(decoder=True), inputs.get("input_ids")
     if ids is None or inputs.get("inputs_embeds") is not None:
         yield "inputs_embeds"
@@ -174,7 +180,7 @@ def _bypass_reasons(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Iterat
         yield "key/value cache"
     # In training nobody reads a cache; elsewhere the caller may go on from it.
     by_default = inputs.get("use_cache") is None and getattr(config, "use_cache", False)
-    if by_default and not backbone.training:
+    if by_default and cache_by_default and not backbone.training:
         yield CACHE_BY_DEFAULT
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):

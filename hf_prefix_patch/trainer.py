@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
+from hf_prefix_patch.groups import GroupedMicroBatches, grouping_advice
+from hf_prefix_patch.wrappers import unwrap
 
 if TYPE_CHECKING:
     from hf_prefix_patch.budget import TokenBudget
@@ -25,10 +29,28 @@ def is_trainer(target: Any) -> bool:
     return module is not None and isinstance(target, module.Trainer)
 
 
-def models_of(trainer: Any) -> list[Any]:
-    """The policy and, where the trainer keeps one, the reference model."""
-    models = [trainer.model, getattr(trainer, "ref_model", None)]
-    return [model for model in models if model is not None]
+def other_models_of(trainer: Any, policy: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """The models that a trainer holds beside its policy, and where: a reference model, a teacher,
+    models among the reward functions. Each comes once, in its wrappers; without a trainer, none."""
+    seen = {id(policy)}
+    for name, module in [] if trainer is None else _modules_of(trainer):
+        try:
+            model = unwrap(module, check=False)
+        except TypeError:  # a module of the user's own
+            continue
+        if id(model) not in seen:
+            seen.add(id(model))
+            yield name, module
+
+
+def _modules_of(trainer: Any) -> Iterator[tuple[str, nn.Module]]:
+    for name, value in vars(trainer).items():
+        if isinstance(value, nn.Module):
+            yield name, value
+        elif isinstance(value, list | tuple):
+            yield from (
+                (f"{name}[{i}]", x) for i, x in enumerate(value) if isinstance(x, nn.Module)
+            )
 
 
 def autocast_of(trainer: Any, device: torch.device) -> AbstractContextManager[Any]:
@@ -39,7 +61,7 @@ def autocast_of(trainer: Any, device: torch.device) -> AbstractContextManager[An
     return torch.autocast(device.type, dtype=torch.bfloat16 if bf16 else torch.float16)
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
     """Refuse or point out trainer options that do not go with sharing.
 
     Raises:
@@ -59,6 +81,9 @@ def check_trainer(trainer: Any) -> None:
             "enable_prefix_sharing(model) before building the trainer",
             stacklevel=3,
         )
+    advice = None if keep_groups else grouping_advice(trainer)
+    if advice is not None:
+        warnings.warn(f"prefix sharing: {advice}", stacklevel=3)
 
 
 class TrainerPatch:
@@ -67,6 +92,7 @@ class TrainerPatch:
     - `data_collator` makes batches that carry their plan.
     - With `log_metrics`, sharing metrics join what is logged.
     - With `max_tokens`, training batches are made by token budget.
+    - With `keep_groups`, completions of one prompt come in one micro-batch.
     """
 
     def __init__(
@@ -76,6 +102,7 @@ class TrainerPatch:
         log_metrics: bool,
         max_tokens: int | None,
         sampler_options: Mapping[str, Any],
+        keep_groups: bool = False,
     ) -> None:
         before = trainer_patch_of(trainer)
         if before is not None:
@@ -83,6 +110,7 @@ class TrainerPatch:
         self._trainer = trainer
         self.budget: TokenBudget | None = None
         try:
+            grouped = GroupedMicroBatches(trainer) if keep_groups else None
             if max_tokens is not None:
                 # Only here: it needs accelerate, which models and loops of one's own do not.
                 from hf_prefix_patch.budget import TokenBudget
@@ -98,6 +126,8 @@ class TrainerPatch:
             self._new.append((trainer, "log", MetricsLog(trainer, handle)))
         if self.budget is not None:
             self._new += self.budget.overrides
+        if grouped is not None:
+            self._new.append((trainer, "_prepare_inputs", grouped))
         self.apply()
 
     def apply(self) -> None:

@@ -1,0 +1,71 @@
+"""One model patched and checked, or left as it was."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_prefix_patch.composite import decoder_of
+from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
+from hf_prefix_patch.support import check_model
+from hf_prefix_patch.trainer import autocast_of
+from hf_prefix_patch.verify import verify_sharing
+from hf_prefix_patch.wrappers import backbone_of
+
+logger = logging.getLogger(__name__)
+
+
+def share_model(
+    trainer: Any,
+    backend: str,
+    on_bypass: OnBypass,
+    verify: bool,
+    undo: ExitStack,
+    model: PreTrainedModel,
+    is_policy: bool = True,
+) -> PreTrainedModel:
+    """Patch one model, or raise and leave it as it was.
+
+    Args:
+        trainer: what runs the model; None for a loop of the user's own.
+        backend, on_bypass, verify: as `enable_prefix_sharing`.
+        undo: learns how to bring the model back to how it was.
+        model: without wrappers.
+        is_policy: whether it is what is trained, not a model that a trainer holds beside that.
+
+    Returns:
+        Its decoder stack.
+
+    Raises:
+        NotImplementedError, RuntimeError: as `enable_prefix_sharing`.
+    """
+    backbone = backbone_of(model)
+    check_model(model, decoder_of(backbone))
+    with ExitStack() as mine:
+        patch = patch_of(backbone)
+        if patch is None:
+            mine.callback(_restore, backbone)
+            patch = BackbonePatch(backbone, backend, on_bypass)
+        else:
+            mine.callback(patch.configure, patch.backend, patch.on_bypass, patch.cache_by_default)
+        # Nobody goes on from the cache of a classifier, and a trainer that calls a model beside its
+        # policy reads the outputs alone.
+        classifies = backbone is not model and not model.can_generate()
+        patch.configure(backend, on_bypass, is_policy and not classifies)
+        patch.refresh(backbone)
+        with nullcontext() if trainer is None else autocast_of(trainer, backbone.device):
+            chosen = patch.selection(backbone).backend.name
+            if verify:
+                verify_sharing(backbone)
+        logger.info("prefix sharing enabled on %s, backend %s", type(backbone).__name__, chosen)
+        undo.enter_context(mine.pop_all())
+    return backbone
+
+
+def _restore(backbone: PreTrainedModel) -> None:
+    patch = patch_of(backbone)
+    if patch is not None:
+        patch.remove(backbone)
