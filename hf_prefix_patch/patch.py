@@ -213,7 +213,7 @@ def _check_trainer_options(target: Any, **options: Any) -> None:
             f"{type(target).__name__}; pass the trainer, or in a loop of your own read "
             "handle.stats and use PrefixSharingBatchSampler"
         )
-    if given == ["sampler_options"]:
+    if "sampler_options" in given and "max_tokens_per_batch" not in given:
         raise ValueError("sampler_options are for max_tokens_per_batch; give that too")
 
 

@@ -135,8 +135,7 @@ def test_kept_together_in_a_trainer(llama, tmp_path, kind, options):
     with pytest.warns(UserWarning, match="shuffles the 8 completions of each prompt over"):
         scattered = train(build, causal_model(llama), "trainer", evaluate=False)
     assert_same_training(scattered, want)
-    assert got.handle.stats.sharing_ratio > 2.5
-    assert got.handle.stats.packed_tokens < 0.85 * scattered.handle.stats.packed_tokens
+    assert got.handle.stats.sharing_ratio > 2.5 > scattered.handle.stats.sharing_ratio
     got.handle.remove()
     assert "_prepare_inputs" not in vars(got.trainer)
 

@@ -151,6 +151,26 @@ def test_bypassed_calls_run_exactly_the_original(reason):
     assert sharing.stats.calls == 1
 
 
+@pytest.mark.parametrize("name", ["logits_to_keep", "margin"])
+def test_what_trainers_pass_through_the_stack(name):
+    """For the head or the loss, and no reason to bypass; unless the stack reads it itself."""
+    model, batch = tiny_model(), preference_batch()
+    with torch.no_grad():
+        want = model.model(**batch.inputs, use_cache=False).last_hidden_state
+        with enable_prefix_sharing(model) as sharing:
+            got = model.model(**batch.inputs, use_cache=False, **{name: torch.tensor(2)})
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(got.last_hidden_state[real], want[real], atol=1e-5, rtol=1e-5)
+    assert (sharing.stats.calls, sharing.stats.bypassed.total()) == (1, 0)
+
+    class Reads(type(model.model)):
+        def forward(self, *args, logits_to_keep=0, margin=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    inputs = {**batch.inputs, "use_cache": False, name: torch.tensor(2)}
+    assert bypass_reason(Reads(model.config), inputs) == f"input {name!r}"
+
+
 def test_positions_of_several_axes():
     """Three position ids a token (multimodal rotary embeddings): the hook leaves them alone."""
     backbone, batch = tiny_model().model, preference_batch()

@@ -1,8 +1,10 @@
 """Every trainer of TRL whose batches share prefixes, and `transformers.Trainer` with a loss of
 one's own: shared against unpatched, three steps and an evaluation."""
 
+import re
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -361,6 +363,18 @@ def test_reward_models_that_cannot_be_shared(llama, tmp_path, on_bypass):
     assert patch_of(encoder.base_model) is None
 
 
+def test_a_reward_model_that_fails_the_check(llama, tmp_path):
+    """It runs as it is; named are the place and the numbers."""
+    scorer = reward_model(llama)
+    scorer.model.norm.register_forward_hook(lambda module, args, output: output.cumsum(1))
+    trainer = build_group("GRPO", tmp_path, completions=(8, 12))(causal_model(llama))
+    trainer.reward_funcs = [digit_sum, scorer]
+    with pytest.warns(UserWarning, match=r"reward_funcs\[1\] of the trainer .* differ from the"):
+        enable_prefix_sharing(trainer)
+    assert patch_of(scorer.base_model) is None
+    assert patch_of(trainer.model.base_model) is not None
+
+
 def dialogues(count, seed=0):
     data = preference_pairs(count, seed=seed)
     return Dataset.from_list([{"messages": x["prompt"] + x["chosen"]} for x in data])
@@ -401,19 +415,21 @@ def test_online_dpo(llama, tmp_path):
     assert set(got.handle.stats.bypassed) == {GENERATION}
 
 
-def test_self_distillation_with_groups(llama, tmp_path):
+@pytest.mark.parametrize("kind", ["SDPO", "SDFT"])
+def test_self_distillation_with_groups(llama, tmp_path, kind):
     """Groups of completions for the policy, and for the teacher with other prompts."""
-    own = {"reward_funcs": digit_sum, **single_turns()}
+    own = single_turns(privileged_context="w1 w2 w3")
     build = partial(
         make_trainer,
-        "trl.experimental.sdpo",
-        "SDPO",
+        f"trl.experimental.{kind.lower()}",
+        kind,
         output_dir=tmp_path,
-        arguments=own,
+        arguments=own | ({"reward_funcs": digit_sum} if kind == "SDPO" else {}),
         per_device_train_batch_size=8,
         per_device_eval_batch_size=8,
         num_generations=8,
         max_completion_length=8,
+        distillation_topk=10,
     )
     want = train(build, causal_model(llama))
     got = train(build, causal_model(llama), "trainer")
@@ -530,3 +546,29 @@ def test_a_loss_that_does_not_speak_of_caches(llama, tmp_path):
     assert_same_training(got, want)
     assert got.handle.stats.calls == 3
     assert got.handle.stats.bypassed == {"key/value cache by default": 2}
+
+
+def test_the_page_of_trainers_runs(llama, tmp_path, monkeypatch):
+    """Its blocks one after another, with a tiny model and tiny data under the names they use."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text()
+    names = {
+        "path": llama,
+        "model": causal_model(llama),
+        "tokenizer": tiny_tokenizer(),
+        "pairs": preference_pairs(),
+        "prompts": prompts(8, 20),
+        "reward": digit_sum,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    ratios = []
+    for block in blocks:
+        names.pop("sharing", None)
+        exec(block, names)
+        if "sharing" in names:
+            ratios.append(names["sharing"].stats.sharing_ratio)
+    assert len(blocks) == 4
+    assert all(ratio > 1.5 for ratio in ratios)
+    assert len(names["unpaired"]) == 24
+    both = names["unpaired"]["prompt"][:8]
+    assert both[:4] == both[4:]
