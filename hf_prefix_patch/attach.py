@@ -6,6 +6,7 @@ import logging
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.composite import decoder_of
@@ -13,7 +14,7 @@ from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
 from hf_prefix_patch.support import check_model
 from hf_prefix_patch.trainer import autocast_of
 from hf_prefix_patch.verify import verify_sharing
-from hf_prefix_patch.wrappers import backbone_of
+from hf_prefix_patch.wrappers import backbone_of, outermost, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def share_model(
     on_bypass: OnBypass,
     verify: bool,
     undo: ExitStack,
-    model: PreTrainedModel,
+    module: nn.Module,
     is_policy: bool = True,
 ) -> PreTrainedModel:
     """Patch one model, or raise and leave it as it was.
@@ -33,15 +34,16 @@ def share_model(
         trainer: what runs the model; None for a loop of the user's own.
         backend, on_bypass, verify: as `enable_prefix_sharing`.
         undo: learns how to bring the model back to how it was.
-        model: without wrappers.
+        module: the model as it is called, in its wrappers.
         is_policy: whether it is what is trained, not a model that a trainer holds beside that.
 
     Returns:
         Its decoder stack.
 
     Raises:
-        NotImplementedError, RuntimeError: as `enable_prefix_sharing`.
+        TypeError, NotImplementedError, RuntimeError: as `enable_prefix_sharing`.
     """
+    model = unwrap(module)
     backbone = backbone_of(model)
     check_model(model, decoder_of(backbone))
     with ExitStack() as mine:
@@ -57,10 +59,11 @@ def share_model(
         patch.configure(backend, on_bypass, is_policy and not classifies)
         patch.refresh(backbone)
         with nullcontext() if trainer is None else autocast_of(trainer, backbone.device):
-            chosen = patch.selection(backbone).backend.name
+            patch.last = patch.selection(backbone)
             if verify:
-                verify_sharing(backbone)
-        logger.info("prefix sharing enabled on %s, backend %s", type(backbone).__name__, chosen)
+                verify_sharing(outermost(module), backbone)
+        name = type(backbone).__name__
+        logger.info("prefix sharing enabled on %s, backend %s", name, patch.last.backend.name)
         undo.enter_context(mine.pop_all())
     return backbone
 

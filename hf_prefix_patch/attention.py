@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -60,6 +61,9 @@ def prefix_sharing_attention(
         run = _original(module)
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return run(module, query, key, value, attention_mask, **kwargs)
+    seen = kwargs.get("tree_seen")
+    if seen is not None and not torch.compiler.is_compiling():
+        seen.note(value)
     _check_call(module, backend, attention_mask, dropout, kwargs)
     output = backend.attend(
         module,

@@ -24,7 +24,15 @@ from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
 from hf_prefix_patch.planned import plan_of
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, ROW_INPUTS, Plan, forget, recall_plan
 from hf_prefix_patch.recurrent import TreeRecurrence, recurrence_of
-from hf_prefix_patch.selection import Selection, needs_of, select, structure_of
+from hf_prefix_patch.selection import (
+    Seen,
+    Selection,
+    State,
+    needs_of,
+    select,
+    state_of,
+    structure_of,
+)
 from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.support import (
     CACHE_BY_DEFAULT,
@@ -48,6 +56,8 @@ class BackbonePatch:
         decoder = decoder_of(backbone)
         self.configure(backend, on_bypass)
         self._structure = structure_of(decoder)
+        self._seen: dict[State, Seen] = {}
+        self.last: Selection | None = None  # of the last shared call
         self._selections: dict[tuple[str, Needs], Selection] = {}
         self.stats = SharingStats()
         self.warned: set[str] = set()
@@ -91,13 +101,18 @@ class BackbonePatch:
         """Whether hidden states depend on the padding before their row."""
         return self.recurrence is not None and self.recurrence.sees_padding
 
-    def selection(self, backbone: PreTrainedModel) -> Selection:
+    def seen(self, backbone: PreTrainedModel) -> Seen:
+        """What calls in the present state of model and autocast have shown of it."""
+        device, dtype, autocast = state = state_of(decoder_of(backbone))
+        return self._seen.setdefault(state, Seen(device, autocast or dtype))
+
+    def selection(self, backbone: PreTrainedModel, seen: Seen | None = None) -> Selection:
         """The backend for a call in the present state of model and autocast.
 
         Raises:
             NotImplementedError, RuntimeError: as `select`.
         """
-        needs = needs_of(decoder_of(backbone), self._structure)
+        needs = needs_of(decoder_of(backbone), self._structure, seen or self.seen(backbone))
         key = self.backend, needs
         if key not in self._selections:
             self._selections[key] = select(self.backend, needs, type(backbone).__name__)
@@ -111,13 +126,15 @@ class BackbonePatch:
         Args:
             packed: whether the caller gave the packed row, and gets one back.
         """
-        chosen, tree = self.selection(decoder), plan.on(device)
+        seen, tree = self.seen(decoder), plan.on(device)
+        self.last = chosen = self.selection(decoder, seen)
         self.stats.add(tree)
         arguments = tree.model_kwargs() | plan.backend_kwargs(chosen.backend, chosen.needs)
         arguments |= {
             "attention_mask": torch.zeros(EMPTY_MASK, dtype=decoder.dtype, device=device),
             "use_cache": False,
             "tree_backend": chosen.backend,
+            "tree_seen": seen,
             "tree_rows": None if packed else tree,
         }
         if self.recurrence is not None:

@@ -154,7 +154,10 @@ def _changed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 class _HeadCall:
     """One call of a model whose LM head sees the completion tokens alone.
 
-    The log-probs are computed where the head is called, when wrappers have its weights in place.
+    The log-probs are computed where the head is called, when wrappers have its weights in place. By
+    what a head returns wrappers know when backward needs the weights again (FSDP2, ZeRO-3), so the
+    log-probs go past them with its output: the first hook after the head puts them there, the last
+    one takes them.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, head: nn.Module, tokens: _Tokens) -> None:
@@ -171,7 +174,8 @@ class _HeadCall:
         with _locks.setdefault(self._head, RLock()):
             hooks = [
                 self._head.register_forward_pre_hook(self._before_head),
-                self._head.register_forward_hook(self._after_head),
+                self._head.register_forward_hook(self._first_after_head, prepend=True),
+                self._head.register_forward_hook(self._last_after_head),
                 called.register_forward_hook(self._after_model),
             ]
             try:
@@ -204,8 +208,15 @@ class _HeadCall:
         """Whether the head's logits have not been compared with the model's."""
         return _compared.get(self._head) != self._options
 
-    def _after_head(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._raw = output.detach()
+    def _first_after_head(self, head: nn.Module, args: Any, output: Tensor) -> tuple[Any, ...]:
+        return output, self._logps
+
+    def _last_after_head(self, head: nn.Module, args: Any, output: tuple[Tensor, ...]) -> Tensor:
+        logits, logps = output
+        if self._logps is not None and logps.dtype == self._logps.dtype:
+            self._logps = logps  # else a policy has rounded what the head returns
+        self._raw = logits.detach()
+        return logits
 
     def _after_model(self, called: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         if self._logps is None or self._raw is None:

@@ -47,8 +47,8 @@ class PrefixSharing:
 
     @property
     def backend(self) -> str:
-        """Name of the attention backend that serves the (policy) model in its present state: on
-        its device, in its dtype, under autocast or not."""
+        """Name of the attention backend that served the last shared call of the (policy) model,
+        that of the verification included; before any, of the one for its device and dtype."""
         return self._selection().backend.name
 
     @property
@@ -63,7 +63,8 @@ class PrefixSharing:
         return None if budget is None else budget.sampler
 
     def _selection(self) -> Selection:
-        return self._patches[0].selection(self._backbones[0])
+        patch, backbone = self._patches[0], self._backbones[0]
+        return patch.last or patch.selection(backbone)
 
     def remove(self) -> None:
         """Undo the patch; nothing of it is left. Removing twice is fine."""
@@ -115,9 +116,10 @@ def enable_prefix_sharing(
             that it makes.
         backend: `"auto"`, which picks at every call by device, dtype and what the model's
             attention needs, or the name of one: `"torch_varlen"`, `"flash"`, `"sdpa"`, `"flex"`.
-        verify: run a small random batch shared and unshared and compare (for a trainer, under its
-            autocast); on a mismatch the model is restored and the call raises. No gradient and no
-            random state is touched.
+        verify: run a small random batch shared and unshared through `target` as it is called, and
+            compare (for a trainer, under its autocast); on a mismatch the model is restored and the
+            call raises. No gradient and no random state is touched. Where weights are sharded, all
+            processes must enable alike.
         on_bypass: what a training call that cannot be shared does beside running unshared and being
             counted: `"warn"` once a reason, `"ignore"`, or `"raise"` a RuntimeError; so does a
             call outside training that is not shared for want of `use_cache=False`, and a model
@@ -174,15 +176,15 @@ def enable_prefix_sharing(
         keep_groups=keep_groups,
     )
     trainer = target if is_trainer(target) else None
-    policy = unwrap(target if trainer is None else trainer.model)
+    policy = target if trainer is None else trainer.model
     if trainer is not None:
         check_trainer(trainer, keep_groups)
     with ExitStack() as undo:
         share = partial(share_model, trainer, backend, on_bypass, verify, undo)
         backbones = [share(policy)]
-        for name, module in other_models_of(trainer, policy):
+        for name, module in other_models_of(trainer, unwrap(policy)):
             try:
-                backbones.append(share(unwrap(module), is_policy=False))
+                backbones.append(share(module, is_policy=False))
             except RuntimeError as refusal:  # NotImplementedError is one
                 if on_bypass == "raise":
                     raise

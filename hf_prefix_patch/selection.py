@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import BACKENDS
@@ -12,9 +14,13 @@ from hf_prefix_patch.backends.base import Backend, Needs, autocast_dtype
 from hf_prefix_patch.backends.flex import FLEX
 from hf_prefix_patch.kernel_check import kernel_fault
 from hf_prefix_patch.support import has_sinks, layer_types, sliding_window
+from hf_prefix_patch.wrappers import device_of
 
 # What configs call the dropout of attention weights.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+State = tuple[torch.device, torch.dtype, torch.dtype | None]
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,27 @@ def unserved(backend: Backend, needs: Needs) -> str | None:
     return backend.unserved(needs)
 
 
+class Seen:
+    """Device and dtype that attention computes in, as a model's weights tell and calls then show.
+
+    Wrappers change both for the time of a call: mixed precision of FSDP, weights that are offloaded
+    between calls. A call runs with what is known when it begins; what it shows serves the next. One
+    is kept for each state that weights and autocast are in.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def note(self, value: Tensor) -> None:
+        """Look at values of attention: unlike queries and keys they come straight from weights,
+        where norms and rotary angles in fp32 do not show."""
+        # Layers may be spread over devices of one type; one backend serves them all.
+        if value.device.type != self.device.type:
+            self.device = value.device
+        autocast = autocast_dtype(value.device) if value.dtype == torch.float32 else None
+        self.dtype = autocast or value.dtype
+
+
 @dataclass(frozen=True)
 class Structure:
     """What of a model's needs does not change from call to call.
@@ -110,9 +137,22 @@ def structure_of(backbone: PreTrainedModel) -> Structure:
     )
 
 
-def needs_of(backbone: PreTrainedModel, structure: Structure) -> Needs:
-    """What the attention of a decoder stack needs in the present state of model and autocast."""
-    config, device = backbone.config, backbone.device
+def state_of(backbone: PreTrainedModel) -> State:
+    """Device and dtype of the weights, and the dtype of autocast if it is on."""
+    device = device_of(backbone)
+    return device, backbone.dtype, autocast_dtype(device)
+
+
+def needs_of(backbone: PreTrainedModel, structure: Structure, seen: Seen | None = None) -> Needs:
+    """What the attention of a decoder stack needs in the present state of model and autocast.
+
+    Args:
+        seen: what calls in this state have shown, if there were any.
+    """
+    if seen is None:
+        device, dtype, autocast = state_of(backbone)
+        seen = Seen(device, autocast or dtype)
+    config = backbone.config
     windows = {sliding_window(config) if slides else None for slides in structure.slides}
     features = {
         "window": windows != {None},
@@ -121,8 +161,8 @@ def needs_of(backbone: PreTrainedModel, structure: Structure) -> Needs:
         "dropout": any(getattr(config, name, None) for name in _DROPOUTS),
     }
     return Needs(
-        device=device,
-        dtype=autocast_dtype(device) or backbone.dtype,
+        device=seen.device,
+        dtype=seen.dtype,
         implementation=config._attn_implementation,
         head_dims=structure.head_dims,
         windows=frozenset(windows),

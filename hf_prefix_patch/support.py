@@ -176,6 +176,8 @@ def _bypass_reasons(
     backbone: PreTrainedModel, inputs: dict[str, Any], cache_by_default: bool
 ) -> Iterator[str]:
     config, ids = backbone.config.get_text_config(decoder=True), inputs.get("input_ids")
+    if getattr(backbone, "_is_replica", False):
+        yield "DataParallel, which parts the rows of a batch; use DistributedDataParallel"
     if ids is None or inputs.get("inputs_embeds") is not None:
         yield "inputs_embeds"
         return

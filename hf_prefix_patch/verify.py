@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_prefix_patch.backends.base import Backend
 from hf_prefix_patch.composite import decoder_of
 from hf_prefix_patch.hooks import BackbonePatch, patch_of
+from hf_prefix_patch.selection import Seen
+from hf_prefix_patch.sharded import whole_weights
 from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.support import has_experts
+from hf_prefix_patch.wrappers import device_of, unwrap
 
 # Largest error of a token's hidden state, relative to its norm: in half precision four times the
 # model's own rounding noise, within these bounds. The noise is what the rows differ by when they
@@ -30,10 +37,16 @@ _PADDED_RIGHT = 2  # rows
 _RESPONSE = 9  # tokens of a row from here on belong to its response
 
 
-def verify_sharing(backbone: PreTrainedModel) -> None:
+def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     """Compare a patched decoder stack with itself unpatched.
 
-    Training flags, random state, gradients and counters are left alone.
+    Training flags, random state, gradients and counters are left alone, nothing is compiled, and
+    sharded weights are sharded again.
+
+    Args:
+        called: what the user calls: the model itself or what wraps it, which may gather weights,
+            move inputs or switch autocast on.
+        backbone: the decoder stack in it, whose output is compared.
 
     Raises:
         RuntimeError: the packed path did not run, or a token differs by more than the tolerance of
@@ -45,21 +58,27 @@ def verify_sharing(backbone: PreTrainedModel) -> None:
     ids, mask = _random_pairs(backbone)
     if patch.sees_padding:  # such a batch runs as it is
         ids, mask = ids[:_PADDED_RIGHT], mask[:_PADDED_RIGHT]
-    with torch.no_grad(), _evaluating(backbone), _scratch_stats(patch) as stats:
-        shared = _shared_hidden(backbone, ids, mask)
-        calls, bypassed = stats.calls, dict(stats.bypassed)
-        unshared = _hidden(backbone, ids, mask, use_cache=True)  # a cache is always bypassed
-        moved_ids, moved_mask = F.pad(ids, (1, 0)), F.pad(mask, (1, 0))
-        moved = _hidden(backbone, moved_ids, moved_mask, use_cache=True)[:, 1:]
-    name = type(backbone).__name__
-    if not calls:
+    calls = _Calls(called, backbone)
+    with (
+        torch.no_grad(),
+        _evaluating(called),
+        _uncompiled(),
+        whole_weights(called),
+        _scratch_stats(patch) as stats,
+    ):
+        unshared = calls.hidden(ids, mask, use_cache=True)  # a cache is always bypassed
+        moved = calls.hidden(F.pad(ids, (1, 0)), F.pad(mask, (1, 0)), use_cache=True)[:, 1:]
+        stats.bypassed.clear()  # of these two, which were meant to be
+        shared = _shared_hidden(calls, patch, ids, mask)
+        bypassed = dict(stats.bypassed)
+    if calls.seen is None:
         raise RuntimeError(
-            f"verification of prefix sharing failed: {name} did not run on the packed row "
+            f"verification of prefix sharing failed: {calls.name} did not run on the packed row "
             f"(bypassed: {bypassed}); the model was restored"
         )
     error = _error(shared, unshared)
     rows = [row[real] for row, real in zip(error, mask.bool(), strict=True)]
-    dtype = patch.selection(backbone).needs.dtype
+    dtype = calls.seen.dtype
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
     routed = dtype in TOLERANCE and has_experts(decoder_of(backbone).config)
     worst = max((row[_RESPONSE:].median() if routed else row.max()).item() for row in rows)
@@ -68,11 +87,78 @@ def verify_sharing(backbone: PreTrainedModel) -> None:
     tolerance = max(least, min(4 * noise, most))  # least, if padding makes the model itself NaN
     if not worst <= tolerance:
         raise RuntimeError(
-            f"verification of prefix sharing failed: hidden states of {name} differ from the "
+            f"verification of prefix sharing failed: hidden states of {calls.name} differ from the "
             f"unshared ones by {worst:.2e} of their norm, where {dtype} allows "
             f"{tolerance:.0e}; the model was restored. It takes positions from the mask, or "
             "something beside attention looks across the tokens of a row; run it unpatched."
         )
+
+
+class _Calls:
+    """Calls of the outermost module, of which the decoder stack's output is read.
+
+    Attributes:
+        seen: what shared calls have shown of device and dtype; None if none was shared.
+        name: class of the decoder stack.
+    """
+
+    def __init__(self, called: nn.Module, backbone: PreTrainedModel) -> None:
+        self._called, self._backbone = called, backbone
+        self._found: list[Tensor] = []
+        self._ran = False
+        self._backend: Backend | None = None
+        self.seen: Seen | None = None
+        self.name = type(backbone).__name__
+        # A head gives the logits of one position where it can, as nobody looks at them.
+        model = unwrap(called, check=False)
+        accepted, read = (inspect.signature(x.forward).parameters for x in (model, backbone))
+        one_logit = "logits_to_keep" in accepted and "logits_to_keep" not in read
+        self._options = {"logits_to_keep": 1} if one_logit else {}
+
+    def hidden(self, ids: Tensor, mask: Tensor, use_cache: bool) -> Tensor:
+        """`[R, L, H]` on the device of `ids`."""
+        self._found.clear()
+        self._ran = False
+        hooks = [
+            decoder_of(self._backbone).register_forward_pre_hook(self._before, with_kwargs=True),
+            self._backbone.register_forward_hook(self._after),
+        ]
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": use_cache}
+        try:
+            self._called(**inputs, **self._options)
+        except Exception as error:
+            # What a head makes of this batch is not ours to judge; without pad_token_id it raises.
+            if not self._found and isinstance(error, TypeError) and not self._ran:
+                raise RuntimeError(
+                    f"sharing cannot be verified: {type(self._called).__name__} does not take what "
+                    f"a model takes ({error}); pass the module that training calls with input_ids, "
+                    "or verify=False"
+                ) from error
+            if not self._found:
+                raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(self._found) != 1:
+            raise RuntimeError(
+                f"{type(self._called).__name__} called its decoder stack {len(self._found)} times "
+                "for one batch, so sharing cannot be verified; pass verify=False"
+            )
+        return self._found[0].to(ids.device)
+
+    def outdated(self, patch: BackbonePatch) -> bool:
+        """Whether the next call will have another backend than the last, from what that showed."""
+        if self.seen is None:
+            return False
+        return patch.selection(self._backbone, self.seen).backend != self._backend
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._ran = True
+        if kwargs.get("tree_seen") is not None:
+            self.seen, self._backend = kwargs["tree_seen"], kwargs["tree_backend"]
+
+    def _after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._found.append(output[0])
 
 
 def _error(got: Tensor, want: Tensor) -> Tensor:
@@ -84,8 +170,8 @@ def _error(got: Tensor, want: Tensor) -> Tensor:
 def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """`[4, L]` ids and attention mask: chosen and rejected of a right- and a left-padded pair."""
     decoder = decoder_of(backbone)
-    weight = next(decoder.parameters())
-    if weight.is_meta:
+    device = device_of(decoder)
+    if device.type == "meta":
         raise RuntimeError(
             "the model's weights are on the meta device, so sharing cannot be verified; load them "
             "first or pass verify=False"
@@ -103,45 +189,57 @@ def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     start = length - prompt - chosen
     ids[3, start : start + prompt] = ids[2, start : start + prompt]
     mask[2:, start:] = 1
-    return ids.to(weight.device), mask.to(weight.device)
+    return ids.to(device), mask.to(device)
 
 
-def _shared_hidden(backbone: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    try:
-        return _hidden(backbone, ids, mask, use_cache=False)
-    except NotImplementedError:  # a refusal of our own, and a RuntimeError to Python
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise RuntimeError(
-            f"verification of prefix sharing failed: {type(backbone).__name__} does not run on a "
-            f"packed row ({error}); the model was restored. Its layers do not call transformers' "
-            "attention registry, or read the attention mask themselves; run it unpatched."
-        ) from error
-
-
-def _hidden(backbone: PreTrainedModel, ids: Tensor, mask: Tensor, use_cache: bool) -> Tensor:
-    hidden: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=use_cache)[0]
-    return hidden
+def _shared_hidden(calls: _Calls, patch: BackbonePatch, ids: Tensor, mask: Tensor) -> Tensor:
+    """Of the backend that is picked once a call has shown what attention computes in."""
+    for last in (False, True):
+        try:
+            shared = calls.hidden(ids, mask, use_cache=False)
+            if last or not calls.outdated(patch):
+                break
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if not last and calls.outdated(patch):
+                continue
+            if isinstance(error, NotImplementedError):  # a refusal of our own
+                raise
+            raise RuntimeError(
+                f"verification of prefix sharing failed: {calls.name} does not run on a packed row "
+                f"({error}); the model was restored. Its layers do not call transformers' "
+                "attention registry, or read the attention mask themselves; run it unpatched."
+            ) from error
+    return shared
 
 
 @contextmanager
-def _evaluating(backbone: PreTrainedModel) -> Iterator[None]:
+def _evaluating(called: nn.Module) -> Iterator[None]:
     """Evaluation mode; training flags and the state of dynamic rotary embeddings come back."""
-    flags = [(module, module.training) for module in backbone.modules()]
+    modules = list(called.modules())
+    flags = [module.training for module in modules]
     rotary = [
         (module, dict(module.__dict__), dict(module._buffers))
-        for module in backbone.modules()
+        for module in modules
         if hasattr(module, "max_seq_len_cached")
     ]
-    backbone.train(False)
+    for module in modules:  # not by train(), which wrappers and adapters may make more of
+        module.training = False
     try:
         yield
     finally:
         for module, attributes, buffers in rotary:
             module.__dict__.update(attributes)
             module._buffers.update(buffers)
-        for module, training in flags:
+        for module, training in zip(modules, flags, strict=True):
             module.training = training
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Compiled code runs as it was written: what is compiled for this batch would serve no other"""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager

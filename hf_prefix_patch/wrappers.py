@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -46,10 +47,33 @@ def called_module(target: Any) -> Any:
     return inner
 
 
+def outermost(target: Any) -> nn.Module:
+    """What the user calls; of `DataParallel` what is in it, as that may call copies."""
+    return cast(nn.Module, target.module if isinstance(target, nn.DataParallel) else target)
+
+
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder stack: what every trainer and head calls, whatever they do to the model."""
     stack = model.base_model
     return cast(PreTrainedModel, getattr(stack, "_orig_mod", stack))  # compiled: what is inside
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes; meta if it has no weights there or anywhere.
+
+    Where weights are offloaded, between calls they are on the meta device, and accelerate's hooks
+    know the other one.
+    """
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    hooks: list[Any] = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    for hook in hooks:
+        hooks += getattr(hook, "hooks", ())  # several in a row
+        found = getattr(hook, "execution_device", None)
+        if found is not None:
+            return torch.device(found)
+    return device
 
 
 def _is_peft(x: Any) -> bool:

@@ -301,6 +301,9 @@ def test_wrappers_are_seen_through():
             super().__init__()
             self.module = module
 
+        def forward(self, **inputs):
+            return self.module(**inputs)
+
     model, batch = tiny_model(), preference_batch()
     real, want = batch.attention_mask.bool(), outputs(model, batch)
     with enable_prefix_sharing(Wrapper(torch.compile(model, backend="eager"))) as sharing:

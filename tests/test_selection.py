@@ -13,6 +13,7 @@ from varlen_emulator import (
     flash_with_sinks,
     install_flash,
     install_torch_varlen,
+    needs_half,
     serve,
 )
 
@@ -213,10 +214,6 @@ def test_the_backend_follows_the_model(monkeypatch):
         assert (sharing.backend, len(calls)) == ("torch_varlen", 4)
     with pytest.raises(NotImplementedError, match="not float32"):
         enable_prefix_sharing(tiny_model(), backend="torch_varlen")
-
-
-def needs_half(asked):
-    return None if asked.dtype == torch.bfloat16 else "not float32"
 
 
 def test_a_trainers_autocast_is_verified(monkeypatch, tmp_path):

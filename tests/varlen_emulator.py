@@ -35,6 +35,11 @@ def serve(
     monkeypatch.setitem(attention.BACKENDS, backend.name, changed)
 
 
+def needs_half(asked: Needs) -> str | None:
+    """What a backend that computes in bf16 alone does not serve, for `serve`."""
+    return None if asked.dtype == torch.bfloat16 else "not float32"
+
+
 def varlen_attention(
     q: Tensor,
     k: Tensor,
