@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench models clean
 
 demo: $(READY)
 	$(BIN)/python -W ignore::FutureWarning examples/demo.py
@@ -32,6 +32,9 @@ bench: $(READY)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/token_ratios.py --data $(DATA)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/trl_step.py --data $(DATA)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/training.py --data $(DATA)
+
+models: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/model_types.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

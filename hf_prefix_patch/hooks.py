@@ -37,6 +37,7 @@ from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.support import (
     CACHE_BY_DEFAULT,
     bypass_reason,
+    is_attention,
     layer_slides,
     rope_depends_on_length,
 )
@@ -284,7 +285,7 @@ def _swap_attention_configs(backbone: PreTrainedModel) -> None:
     views: dict[tuple[int, bool | None], _SharedAttentionConfig] = {}
     for module in backbone.modules():
         config: Any = getattr(module, "config", None)
-        if config is None or module is backbone or "attention" not in type(module).__name__.lower():
+        if config is None or module is backbone or not is_attention(module):
             continue
         layer = getattr(module, "layer_idx", None)
         slides = None if layer is None else layer_slides(config, layer)

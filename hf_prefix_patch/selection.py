@@ -13,7 +13,7 @@ from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Backend, Needs, autocast_dtype
 from hf_prefix_patch.backends.flex import FLEX
 from hf_prefix_patch.kernel_check import kernel_fault
-from hf_prefix_patch.support import has_sinks, layer_types, sliding_window
+from hf_prefix_patch.support import has_sinks, is_attention, layer_types, sliding_window
 from hf_prefix_patch.wrappers import device_of
 
 # What configs call the dropout of attention weights.
@@ -176,7 +176,7 @@ def _head_dims(backbone: PreTrainedModel) -> frozenset[int]:
     found = {
         size
         for module in backbone.modules()
-        if "attention" in type(module).__name__.lower()
+        if is_attention(module)
         for name in names
         if isinstance(size := getattr(module, name, None), int)
     }

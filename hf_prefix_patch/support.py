@@ -17,6 +17,9 @@ _TOKENWISE_LAYER_TYPES = {"moe"}  # layers of experts alone
 # PEFT methods that mix weights by row, average over the batch, or run the rows a second time.
 _PEFT_BY_ROW = {"POLY", "XLORA", "LILY", "SHADOW"}
 
+# Method of embeddings whose positions depend on which ids are padding, as RoBERTa's.
+_COUNTS_IDS = "create_position_ids_from_input_ids"
+
 CACHE_BY_DEFAULT = "key/value cache by default"
 
 # Inputs of a decoder stack that sharing understands, or that do not change its hidden states.
@@ -44,6 +47,12 @@ def check_model(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
     name, config = type(model).__name__, decoder.config
     if model.config.is_encoder_decoder or config.is_encoder_decoder:
         raise refusal(name, "is an encoder-decoder", "sharing needs a decoder-only model")
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise refusal(
+            name,
+            "is not one stack of layers (its config has no num_hidden_layers)",
+            "sharing needs a single decoder",
+        )
     known = SHARED_LAYER_TYPES | _RECURRENT_LAYER_TYPES | _TOKENWISE_LAYER_TYPES
     others = sorted(set(layer_types(config)) - known)
     if others:
@@ -62,6 +71,20 @@ def check_model(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
         getattr(module, "is_causal", True) is False for module in decoder.modules()
     ):
         raise refusal(name, "uses bidirectional attention", "sharing needs causal attention")
+    called = _called_inside(model)
+    if called:
+        raise refusal(
+            name,
+            f"has a head that calls {called} inside {type(model.base_model).__name__}",
+            "sharing hooks the whole stack, which would never be called",
+        )
+    counting = next((m for m in decoder.modules() if hasattr(m, _COUNTS_IDS)), None)
+    if counting is not None:
+        raise refusal(
+            name,
+            f"counts positions from padding ids ({type(counting).__name__}), not from columns",
+            "sharing needs position_ids that begin at zero",
+        )
     unsloth = next((m for m in model.modules() if _is_unsloth(m)), None)
     if unsloth is not None:
         raise refusal(
@@ -132,6 +155,14 @@ def layer_slides(config: Any, layer: int) -> bool:
     """Whether a decoder layer has a sliding window."""
     types = layer_types(config)
     return layer < len(types) and types[layer] == "sliding_attention"
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is named for attention, or calls transformers' attention registry (as the
+    MLA layers of LongCat do)."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    called = getattr(code, "co_names", ())
+    return "attention" in type(module).__name__.lower() or "ALL_ATTENTION_FUNCTIONS" in called
 
 
 def has_neftune(model: PreTrainedModel) -> bool:
@@ -230,7 +261,16 @@ def _options(composite: PreTrainedModel, inputs: dict[str, Any]) -> set[str]:
 
 def _is_causal(config: Any) -> bool:
     bidirectional = getattr(config, "use_bidirectional_attention", False)
-    return getattr(config, "is_causal", True) is not False and not bidirectional
+    # "vision" is for image tokens, and calls with such inputs are bypassed.
+    causal = not bidirectional or bidirectional == "vision"
+    return getattr(config, "is_causal", True) is not False and causal
+
+
+def _called_inside(model: PreTrainedModel) -> list[str]:
+    """Parts of the stack that the head's forward names, as OPT's does with the decoder."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    parts = dict(model.base_model.named_children()) if model.base_model is not model else {}
+    return sorted(parts.keys() & set(getattr(code, "co_names", ())))
 
 
 def _is_unsloth(module: nn.Module) -> bool:

@@ -207,7 +207,8 @@ def _shared_hidden(calls: _Calls, patch: BackbonePatch, ids: Tensor, mask: Tenso
             raise RuntimeError(
                 f"verification of prefix sharing failed: {calls.name} does not run on a packed row "
                 f"({error}); the model was restored. Its layers do not call transformers' "
-                "attention registry, or read the attention mask themselves; run it unpatched."
+                "attention registry, do not hand keyword arguments on to it, or read the attention "
+                "mask themselves; run it unpatched."
             ) from error
     return shared
 

@@ -54,7 +54,12 @@ def outermost(target: Any) -> nn.Module:
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder stack: what every trainer and head calls, whatever they do to the model."""
-    stack = model.base_model
+    stack: Any = model.base_model
+    if stack is model and model.get_output_embeddings() is not None:
+        # Llama 4 and Mllama: a head under whose base_model_prefix there is nothing.
+        embeddings = model.get_input_embeddings()
+        parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+        stack = next((x for x in parts if embeddings in x.modules()), model)
     return cast(PreTrainedModel, getattr(stack, "_orig_mod", stack))  # compiled: what is inside
 
 
