@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from families import FAMILIES
+from composites import COMPOSITES
+from families import FAMILIES, HYBRIDS
 from tiny_trl import build_trainer, load, preference_pairs, save_tiny_model, tiny_tokenizer
 
 import hf_prefix_patch
@@ -54,6 +55,12 @@ def test_families_in_the_limits_page_are_those_tested():
     for family in FAMILIES:
         base = family.removesuffix("-window")
         assert names.get(base, base.capitalize()) in page, family
+
+
+def test_families_in_the_architectures_page_are_those_tested():
+    page = (ROOT / "docs" / "architectures.md").read_text().lower()
+    for family in [*HYBRIDS, *COMPOSITES]:
+        assert family in page, family
 
 
 def test_import_needs_no_extra():
