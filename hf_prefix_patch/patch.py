@@ -40,6 +40,11 @@ class PrefixSharing:
         self._trainer_patch: TrainerPatch | None = None
 
     @property
+    def backbones(self) -> list[PreTrainedModel]:
+        """The patched decoder stacks; that of the (policy) model is the first."""
+        return list(self._backbones)
+
+    @property
     def stats(self) -> SharingStats:
         """Counters; for a trainer, policy and reference model together."""
         stats = [patch.stats for patch in self._patches]
@@ -163,11 +168,7 @@ def enable_prefix_sharing(
         >>> logits.shape, sharing.stats.padded_tokens, sharing.stats.packed_tokens
         (torch.Size([2, 4, 64]), 8, 5)
     """
-    if backend != "auto" and backend not in BACKENDS:
-        names = sorted(BACKENDS)
-        raise ValueError(f"backend is {backend!r}, but must be 'auto' or one of {names}")
-    if on_bypass not in get_args(OnBypass):
-        raise ValueError(f"on_bypass is {on_bypass!r}, but must be one of {get_args(OnBypass)}")
+    check_options(backend, on_bypass)
     _check_trainer_options(
         target,
         log_metrics=log_metrics,
@@ -205,6 +206,19 @@ def enable_prefix_sharing(
             )
         undo.pop_all()
     return handle
+
+
+def check_options(backend: str, on_bypass: str) -> None:
+    """Refuse values that no model takes.
+
+    Raises:
+        ValueError: an unknown backend, or an unknown thing to do about bypassed calls.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        names = sorted(BACKENDS)
+        raise ValueError(f"backend is {backend!r}, but must be 'auto' or one of {names}")
+    if on_bypass not in get_args(OnBypass):
+        raise ValueError(f"on_bypass is {on_bypass!r}, but must be one of {get_args(OnBypass)}")
 
 
 def _check_trainer_options(target: Any, **options: Any) -> None:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
 from hf_prefix_patch.groups import GroupedMicroBatches, grouping_advice
-from hf_prefix_patch.wrappers import unwrap
+from hf_prefix_patch.hooks import patch_of
+from hf_prefix_patch.wrappers import backbone_of, unwrap
 
 if TYPE_CHECKING:
     from hf_prefix_patch.budget import TokenBudget
@@ -74,7 +75,7 @@ def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
             f"{args.neftune_noise_alpha}, noise whose size depends on the row length; set it to "
             "None"
         )
-    if getattr(args, "precompute_ref_log_probs", False):
+    if getattr(args, "precompute_ref_log_probs", False) and not _reference_is_patched(trainer):
         warnings.warn(
             "precompute_ref_log_probs=True computed the reference log-probs while the trainer was "
             "built, before sharing was enabled; to share that pass too, call "
@@ -84,6 +85,13 @@ def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
     advice = None if keep_groups else grouping_advice(trainer)
     if advice is not None:
         warnings.warn(f"prefix sharing: {advice}", stacklevel=3)
+
+
+def _reference_is_patched(trainer: Any) -> bool:
+    """Whether the model that computes the reference log-probs was enabled before the trainer."""
+    reference = getattr(trainer, "ref_model", None)
+    reference = trainer.model if reference is None else reference
+    return patch_of(backbone_of(unwrap(reference, check=False))) is not None
 
 
 class TrainerPatch:
@@ -171,7 +179,8 @@ class MetricsLog:
 
     def __init__(self, trainer: Any, handle: PrefixSharing) -> None:
         self._trainer, self._handle = trainer, handle
-        self._seen = (0, 0)
+        # Not what was shared before, such as a precomputed reference.
+        self._seen = (handle.stats.row_tokens, handle.stats.packed_tokens)
         self._log = trainer.log
 
     def __call__(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

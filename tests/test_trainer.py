@@ -11,8 +11,9 @@ def test_a_log_of_the_users_own_is_called_and_put_back():
     trainer = SimpleNamespace(
         log=said.append, model=SimpleNamespace(training=True), data_collator=list
     )
-    theirs, handle = trainer.log, SimpleNamespace(stats=SharingStats(6, 8, 4, 1))
+    theirs, handle = trainer.log, SimpleNamespace(stats=SharingStats(100, 100, 70, 1))
     patch = TrainerPatch(trainer, handle, log_metrics=True, max_tokens=None, sampler_options={})
+    handle.stats += SharingStats(6, 8, 4, 1)
     trainer.log({"loss": 1.0})
     trainer.log({"loss": 0.5})  # no call since the last log
     assert said == [

@@ -1,0 +1,224 @@
+"""What the launcher does with models that are loaded and trainers that are built."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
+from hf_prefix_patch.patch import check_options, disable_prefix_sharing, enable_prefix_sharing
+from hf_prefix_patch.switch import LaunchOptions
+from hf_prefix_patch.wrappers import backbone_of, unwrap
+
+# What `enable_prefix_sharing` raises for a model that cannot be shared.
+_REFUSALS = (NotImplementedError, RuntimeError, TypeError)
+
+# Attributes of parameters that DeepSpeed ZeRO-3, DTensor and FSDP 1 have split over processes.
+_SHARDED = ("ds_id", "device_mesh", "_fsdp_flattened")
+
+
+@dataclass
+class _Seen:
+    """One line of the summary: a model, its patch if it has one, or why it has none."""
+
+    name: str
+    patch: BackbonePatch | None
+    remark: str = ""
+
+
+class Launch:
+    """Enables models and trainers of this process, and says at its end what came of it.
+
+    Args:
+        options: of the launcher.
+
+    Raises:
+        ValueError: an unknown backend or option.
+    """
+
+    def __init__(self, options: LaunchOptions) -> None:
+        check_options(options.backend, options.on_bypass)
+        self.options = options
+        self._seen: list[_Seen] = []  # never the models themselves, which may be freed before
+        self._process = os.getpid()
+        atexit.register(self.report)
+
+    def loaded(self, model: Any) -> None:
+        """Enable a model that `from_pretrained` returned, where it can be shared.
+
+        It is verified before its first call. By then its weights are where they will be used; here
+        they may be absent still, or on the CPU although there is an accelerator. For the same
+        reason a backend that is named is not asked for here.
+        """
+        if not isinstance(model, PreTrainedModel) or patch_of(backbone_of(model)) is not None:
+            return
+        try:
+            enable_prefix_sharing(model, verify=False, on_bypass=self._on_bypass)
+        except _REFUSALS as refusal:
+            self._leave(_name_of(model), refusal)
+            return
+        backbone = backbone_of(model)
+        patch = patch_of(backbone)
+        assert patch is not None
+        patch.backend = self.options.backend
+        if self.options.verify:
+            backbone.register_forward_pre_hook(
+                verify_before_first_call, prepend=True, with_kwargs=True
+            )
+        self._seen.append(_Seen(_name_of(model), patch))
+
+    def constructed(self, trainer: Any) -> None:
+        """Enable a trainer: its models, its data collator and what the options ask for.
+
+        Raises:
+            NotImplementedError, RuntimeError, TypeError: as `enable_prefix_sharing`, unless
+                `on_refusal` is `"warn"`.
+            ValueError: the trainer cannot take the options.
+        """
+        options, roles = self.options, _roles(trainer)
+        name = type(trainer).__name__
+        absent = next(filter(None, (absent_weights(backbone) for backbone, _ in roles)), None)
+        for backbone, _ in roles:
+            _forget_verification(backbone)  # now or never: later it could be on some ranks only
+        try:
+            handle = enable_prefix_sharing(
+                trainer,
+                backend=options.backend,
+                verify=options.verify and absent is None,
+                on_bypass=self._on_bypass,
+                log_metrics=options.log_metrics,
+                max_tokens_per_batch=options.max_tokens_per_batch,
+            )
+        except _REFUSALS as refusal:
+            if options.on_refusal == "raise":
+                refusal.add_note(
+                    f"hf_prefix_patch was launched with on_refusal='raise'; 'warn' lets {name} "
+                    "train without sharing"
+                )
+                raise
+            for backbone, _ in roles:
+                disable_prefix_sharing(backbone)
+            self._leave(name, refusal)
+            return
+        for backbone in handle.backbones:
+            role = next((role for other, role in roles if other is backbone), "another model")
+            self._note(backbone, f"{role} of {name}")
+        if options.verify and absent is not None:
+            warnings.warn(_unverified(name, absent), stacklevel=3)
+
+    @property
+    def _on_bypass(self) -> OnBypass:
+        return cast(OnBypass, self.options.on_bypass)
+
+    def _note(self, backbone: PreTrainedModel, remark: str) -> None:
+        patch = patch_of(backbone)
+        seen = next((seen for seen in self._seen if seen.patch is patch), None)
+        if seen is None:
+            seen = _Seen(_name_of(backbone), patch)
+            self._seen.append(seen)
+        seen.remark = remark
+
+    def _leave(self, name: str, refusal: Exception) -> None:
+        self._seen.append(_Seen(name, None, str(refusal)))
+        warnings.warn(f"{name} runs without prefix sharing: {refusal}", stacklevel=4)
+
+    def off(self) -> None:
+        """Say nothing at the end of the process."""
+        atexit.unregister(self.report)
+
+    def report(self) -> None:
+        """Print a line for each model to stderr, on the first process only."""
+        if os.getpid() != self._process or rank() != 0:
+            return
+        size = int(os.environ.get("WORLD_SIZE") or 1)
+        where = f" (first of {size} processes)" if size > 1 else ""
+        for seen in self._seen:
+            print(f"prefix sharing{where}: {_line(seen)}", file=sys.stderr)
+
+
+def rank() -> int:
+    """Of this process in its group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK") or 0)
+
+
+def absent_weights(backbone: nn.Module) -> str | None:
+    """Why a model cannot be verified now: weights that are not in this process, or not whole."""
+    for parameter in backbone.parameters():
+        if parameter.is_meta:
+            return "its weights are on the meta device"
+        if any(hasattr(parameter, mark) for mark in _SHARDED):
+            return "its weights are sharded"
+    return None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook, ahead of the one that packs rows; takes the patch off if that is wrong.
+
+    A plain function without state: models that carry it can be copied and pickled.
+    """
+    _forget_verification(backbone)
+    patch, name = patch_of(backbone), type(backbone).__name__
+    if patch is None:  # the script has removed it
+        return
+    absent = absent_weights(backbone)
+    if absent is not None:
+        warnings.warn(_unverified(name, absent), stacklevel=2)
+        return
+    try:
+        enable_prefix_sharing(backbone, backend=patch.backend, on_bypass=patch.on_bypass)
+    except _REFUSALS as refusal:
+        patch.stats.bypassed[str(refusal)] += 1
+        disable_prefix_sharing(backbone)
+        warnings.warn(f"{name} runs without prefix sharing: {refusal}", stacklevel=2)
+
+
+def _forget_verification(backbone: nn.Module) -> None:
+    for key, hook in list(backbone._forward_pre_hooks.items()):
+        if hook is verify_before_first_call:
+            del backbone._forward_pre_hooks[key]
+            backbone._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _roles(trainer: Any) -> list[tuple[PreTrainedModel, str]]:
+    """Decoder stacks of a trainer's models; none for a model that is not of transformers."""
+    found = []
+    for role, name in (("policy", "model"), ("reference", "ref_model")):
+        try:
+            found.append((backbone_of(unwrap(getattr(trainer, name, None), check=False)), role))
+        except TypeError:
+            continue
+    return found
+
+
+def _unverified(name: str, absent: str) -> str:
+    return (
+        f"prefix sharing of {name} was not verified: {absent}; verify a smaller model of the same "
+        "family, or switch verification off to do without this warning"
+    )
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    source = getattr(model.config, "name_or_path", "")
+    return f"{type(model).__name__} from {source!r}" if source else type(model).__name__
+
+
+def _line(seen: _Seen) -> str:
+    if seen.patch is None:
+        return f"{seen.name}: not shared: {seen.remark}"
+    stats, remark = seen.patch.stats, f" ({seen.remark})" if seen.remark else ""
+    reasons = ", ".join(f"{reason} ({n})" for reason, n in stats.bypassed.items()) or "none"
+    return (
+        f"{seen.name}{remark}: {stats.row_tokens} tokens in rows, {stats.packed_tokens} packed, "
+        f"ratio {stats.sharing_ratio:.2f}, {stats.calls} calls; bypassed: {reasons}"
+    )
