@@ -45,7 +45,7 @@ _SECONDS = 300
 
 _LEGEND = {
     SHARED: "runs on the packed row, with the errors below",
-    REFUSED: "`enable_prefix_sharing` raises before anything runs, and the model stays as it was",
+    REFUSED: "`enable_prefix_sharing` raises and names the feature; the model stays as it was",
     VERIFICATION: "the check at enable time (`verify=True`, the default) finds that it cannot be "
     "shared, and restores the model",
     WRONG: "shared, with results that differ from the unpatched model's",

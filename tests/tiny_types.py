@@ -42,7 +42,7 @@ _SIZES: dict[str, float] = {
     "adapter_in* adapter_out* *embed_proj_dim attention_hidden_size lru_width mamba_d_ssm": 32,
     "*lora_rank *lowrank adapter_rank *dt_rank time_step_rank gated_norm_rank laurel_rank": 16,
     "*chunk_size *state_size *d_state index_topk *block_size indexer_budget": 8,
-    "logit_scale": 1,
+    "logit_scale first_k_dense_replace num_dense_layers": 1,
     "*_groups *ngroups expand *_expand *_layer_offset": 1,
     "*_layer_period": 2,
 }
@@ -62,6 +62,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_text": {
         "per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2}},
     },
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
@@ -76,7 +77,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_layers_per_stack": None},
     "longcat_flash": {"head_dim": 4},
     "lfm2": _LINEAR_AND_FULL,
-    "lfm2_moe": {"num_dense_layers": 1, **_LINEAR_AND_FULL},
+    "lfm2_moe": _LINEAR_AND_FULL,
     "qwen4_exp_text": {"indexer_compress_ratio": 2, "indexer_kv_heads": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False},
@@ -152,8 +153,7 @@ def _shrunk(config: PreTrainedConfig, **changes: Any) -> dict[str, Any]:
         small["num_key_value_heads"] = small["num_attention_heads"]
     if "per_layer_config" in fields:
         small["per_layer_config"] = _in_proportion(fields, small, kept)
-    if "is_decoder" in fields:
-        small["is_decoder"] = True
+    small |= {name: True for name in ("is_decoder", "output_router_logits") if name in fields}
     return {**small, **changes}
 
 
