@@ -23,8 +23,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from batches import Batch, completion_logps, preference_batch
 from families import tiny_model
-from peft import get_peft_model
-from tiny_trl import lora_config, perturb
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -175,8 +174,8 @@ def batches_of(rank: int, alone: bool) -> list[Batch]:
 def build(case: Case) -> nn.Module:
     model = tiny_model()
     if case.lora:
-        model = get_peft_model(model, lora_config())
-        perturb(model)
+        names = ["q_proj", "v_proj", "up_proj"]
+        model = get_peft_model(model, LoraConfig(target_modules=names, init_lora_weights=False))
     if case.checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing})
         if case.lora and case.checkpointing:
