@@ -98,7 +98,7 @@ def switch_on(options: LaunchOptions) -> Switch:
 
 
 def switch_on_from_environment() -> None:
-    """As the environment variable says; run by `hf_prefix_patch.pth` when Python starts.
+    """As the environment variable says; run by `switch.pth` when Python starts.
 
     An error would only be printed there. A bad value ends the process when it imports transformers;
     other programs under the same variable are none of its concern.

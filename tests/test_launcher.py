@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pickle
+import shutil
 import re
 import subprocess
 import sys
@@ -453,7 +454,8 @@ def python(*arguments, code=0, at_start=None, **variables):
     as an installed wheel does."""
     paths = [*([str(at_start)] if at_start else []), str(ROOT), str(ROOT / "tests")]
     if at_start:
-        line = f"import site; site.addsitedir({str(ROOT)!r})"
+        shutil.copy(ROOT / "hf_prefix_patch" / "switch.pth", at_start / "hf_prefix_patch.pth")
+        line = f"import site; site.addsitedir({str(at_start)!r})"
         (at_start / "sitecustomize.py").write_text(line)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
