@@ -10,13 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_prefix_patch.adapters import adapter_reason, config_depends_on_batch
+
 SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
 _TOKENWISE_LAYER_TYPES = {"moe"}  # layers of experts alone
-
-# PEFT methods that mix weights by row, average over the batch, or run the rows a second time.
-_PEFT_BY_ROW = {"POLY", "XLORA", "LILY", "SHADOW"}
-
 # Method of embeddings whose positions depend on which ids are padding, as RoBERTa's.
 _COUNTS_IDS = "create_position_ids_from_input_ids"
 
@@ -91,7 +89,15 @@ def check_model(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
             name,
             f"was patched by Unsloth ({type(unsloth).__name__}), whose fast forward drops the "
             "attention mask",
-            "load it with transformers' own classes",
+            "load it with transformers' own classes, in a process that does not import unsloth",
+        )
+    if any(is_bitsandbytes(m) and _outlier_threshold(m) > 0 for m in model.modules()):
+        raise refusal(
+            name,
+            "has 8-bit layers that pick outlier columns from all tokens of a call, padding "
+            "included, so that a row's results depend on the rows beside it",
+            "load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in "
+            "4 bits",
         )
     if has_neftune(model):
         raise refusal(
@@ -115,7 +121,7 @@ def check_peft(peft_model: Any) -> None:
                 "row",
                 "use LoRA or another method that changes weights",
             )
-        if config.peft_type in _PEFT_BY_ROW or getattr(config, "velora_config", None) is not None:
+        if config_depends_on_batch(config):
             raise refusal(
                 f"adapter {adapter!r}",
                 f"({type(config).__name__}) depends on the rows of the batch, not on tokens alone",
@@ -181,6 +187,11 @@ def has_experts(config: Any) -> bool:
     return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether a layer has weights quantised by bitsandbytes."""
+    return any(cls.__module__.partition(".")[0] == "bitsandbytes" for cls in type(module).__mro__)
+
+
 def rope_depends_on_length(config: Any) -> bool:
     """Whether the rotary frequencies depend on the longest position of the call."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
@@ -240,8 +251,9 @@ def _bypass_reasons(
         yield "bidirectional attention"
     if backbone.training and has_neftune(backbone):
         yield "NEFTune"
-    if _adapters_by_row(backbone):
-        yield "adapters chosen by row"
+    adapters = adapter_reason(backbone)
+    if adapters is not None:
+        yield adapters
     if _context_parallel():
         yield "context parallel"
 
@@ -274,21 +286,21 @@ def _called_inside(model: PreTrainedModel) -> list[str]:
 
 
 def _is_unsloth(module: nn.Module) -> bool:
-    return str(getattr(module.forward, "__module__", "")).startswith("unsloth")
+    """Whether Unsloth wrote the module's class (it generates some into files of its own), or the
+    forward of class or instance, under whatever decorators."""
+    functions: list[Any] = [type(module), type(module).forward, module.forward]
+    while functions:
+        function = functions.pop()
+        if any(x.startswith("unsloth") for x in str(function.__module__).split(".")):
+            return True
+        inner = (getattr(function, name, None) for name in ("func", "__wrapped__", "__func__"))
+        functions += [x for x in inner if x is not None]
+    return False
 
 
-def _adapters_by_row(backbone: nn.Module) -> bool:
-    """Whether PEFT treats the rows of this call apart (aLoRA, adapter_names, Poly, X-LoRA).
-
-    PEFT takes the choice out of the arguments before the decoder stack sees them and hands it to
-    all of its layers by hooks that live as long as the call; looking at the first layer will do.
-    """
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    if peft is None:
-        return False
-    layer = next((m for m in backbone.modules() if isinstance(m, peft.BaseTunerLayer)), None)
-    hooks = layer._forward_pre_hooks.values() if layer is not None else ()
-    return any(str(getattr(hook, "func", hook).__module__).startswith("peft.") for hook in hooks)
+def _outlier_threshold(module: nn.Module) -> float:
+    """From which activation on an 8-bit layer of bitsandbytes takes a column out."""
+    return getattr(getattr(module, "state", None), "threshold", 0.0) or 0.0
 
 
 def _context_parallel() -> bool:

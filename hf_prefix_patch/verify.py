@@ -19,7 +19,7 @@ from hf_prefix_patch.hooks import BackbonePatch, patch_of
 from hf_prefix_patch.selection import Seen
 from hf_prefix_patch.sharded import whole_weights
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.support import has_experts
+from hf_prefix_patch.support import has_experts, is_bitsandbytes
 from hf_prefix_patch.wrappers import device_of, unwrap
 
 # Largest error of a token's hidden state, relative to its norm: in half precision four times the
@@ -78,7 +78,7 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
         )
     error = _error(shared, unshared)
     rows = [row[real] for row, real in zip(error, mask.bool(), strict=True)]
-    dtype = calls.seen.dtype
+    dtype = _precision(backbone, calls.seen.dtype)
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
     routed = dtype in TOLERANCE and has_experts(decoder_of(backbone).config)
     worst = max((row[_RESPONSE:].median() if routed else row.max()).item() for row in rows)
@@ -167,6 +167,14 @@ def _error(got: Tensor, want: Tensor) -> Tensor:
     return error
 
 
+def _precision(backbone: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
+    """The coarsest dtype that the model computes in: layers of bitsandbytes have one of their own,
+    and 8-bit ones round activations to no more digits than bfloat16 has."""
+    layers = (module for module in backbone.modules() if is_bitsandbytes(module))
+    found = {dtype, *(getattr(layer, "compute_dtype", torch.bfloat16) for layer in layers)}
+    return next((half for half in (torch.bfloat16, torch.float16) if half in found), dtype)
+
+
 def _random_pairs(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """`[4, L]` ids and attention mask: chosen and rejected of a right- and a left-padded pair."""
     decoder = decoder_of(backbone)
@@ -224,7 +232,9 @@ def _evaluating(called: nn.Module) -> Iterator[None]:
         if hasattr(module, "max_seq_len_cached")
     ]
     for module in modules:  # not by train(), which wrappers and adapters may make more of
-        module.training = False
+        # On some CPUs a 4-bit layer that is called in evaluation mode repacks its weights for good,
+        # with a loss and for inference only. The mode changes nothing else in such layers.
+        module.training = is_bitsandbytes(module)
     try:
         yield
     finally:

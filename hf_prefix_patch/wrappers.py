@@ -25,13 +25,16 @@ def unwrap(target: Any, check: bool = True) -> PreTrainedModel:
     while _is_peft(inner):
         if check:
             check_peft(inner)
-        inner = inner.get_base_model()
+        mixed = not hasattr(inner, "get_base_model")
+        inner = inner.base_model.model if mixed else inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
             f"target is a {type(target).__name__}, but a transformers PreTrainedModel, a "
             "wrapper of one (PEFT, DDP, FSDP, torch.compile) or a Trainer is needed; load a "
             "model that is given as a string first"
         )
+    if check and getattr(inner, "peft_config", None):  # of model.add_adapter
+        check_peft(inner)
     return inner
 
 
@@ -82,4 +85,5 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _is_peft(x: Any) -> bool:
-    return hasattr(x, "peft_config") and hasattr(x, "get_base_model")
+    # A transformers model with `add_adapter` has the first, PeftModel and PeftMixedModel both.
+    return hasattr(x, "peft_config") and hasattr(x, "disable_adapter")

@@ -5,8 +5,8 @@ import inspect
 import json
 import os
 import pickle
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 import tomllib

@@ -12,17 +12,22 @@ from batches import (
 )
 from families import tiny_model
 from peft import (
+    EvaConfig,
+    LoHaConfig,
     LoraConfig,
+    PeftMixedModel,
     PeftModel,
     PolyConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
 )
 from safetensors.torch import load_file
 
-from hf_prefix_patch import enable_prefix_sharing
+from hf_prefix_patch import disable_prefix_sharing, enable_prefix_sharing
 from hf_prefix_patch.hooks import patch_of
 
 # Reentrant checkpointing says so of every forward without gradients.
@@ -185,6 +190,121 @@ def test_merge_and_unload_of_a_patched_model():
     assert (logits_of(want, batch) - logits_of(tiny_model(), batch)).abs().max() > 0.1
 
 
+def test_unload_of_a_patched_model():
+    """The base model comes back, and stays patched."""
+    batch, plain = preference_batch(), tiny_model()
+    real = batch.attention_mask.bool()
+    model = lora_model()
+    sharing = enable_prefix_sharing(model)
+    base = model.unload()
+    got = logits_of(base, batch)
+    torch.testing.assert_close(got[real], logits_of(plain, batch)[real], atol=2e-5, rtol=2e-5)
+    assert sharing.stats.calls == 1
+    disable_prefix_sharing(base)
+    assert torch.equal(logits_of(base, batch), logits_of(plain, batch))
+
+
+def two_adapters():
+    model = lora_model()
+    torch.manual_seed(2)
+    model.add_adapter("second", lora_config(r=2, target_modules=["q_proj", "v_proj"]))
+    return model
+
+
+def test_switching_adapters():
+    """The active adapter is looked up by the layers at every call, as without sharing."""
+    batch, plain, model = preference_batch(), two_adapters(), two_adapters()
+    sharing = enable_prefix_sharing(model)
+    seen = {}
+    for name in ("second", "default", "second"):
+        plain.set_adapter(name)
+        model.set_adapter(name)
+        want = run(plain, batch)
+        assert_same_run(run(model, batch), want)
+        assert all(name in parameter for parameter in want[1])
+        seen[name] = want[0]
+    assert (seen["second"] - seen["default"]).abs().min() > 1e-2
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (3, {})
+
+
+def test_a_reference_adapter_between_forward_and_backward():
+    """What TRL does with `ref_adapter_name`."""
+
+    def step(model):
+        model.set_adapter("default")
+        model.zero_grad(set_to_none=True)
+        policy = completion_logps(model(**batch.inputs, use_cache=False).logits, batch)
+        model.set_adapter("second")
+        reference = completion_logps(logits_of(model, batch), batch)
+        model.set_adapter("default")
+        ((policy - reference) * torch.tensor([1.0, 0.4, -0.5, -0.8])).sum().backward()
+        return torch.stack([policy.detach(), reference]), gradients(model)
+
+    batch, model = preference_batch(), two_adapters()
+    want = step(model)
+    with enable_prefix_sharing(model) as sharing:
+        assert_same_run(step(model), want)
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (2, {})
+
+
+def test_an_adapter_loaded_into_a_patched_model(tmp_path):
+    batch = preference_batch()
+    saved = wrap(tiny_model(), lora_config(r=3))
+    saved.save_pretrained(tmp_path)
+    model = lora_model()
+    sharing = enable_prefix_sharing(model)
+    model.load_adapter(tmp_path, "loaded", is_trainable=True)
+    model.set_adapter("loaded")
+    got, want = run(model, batch), run(saved, batch)
+    want = want[0], {n.replace("default", "loaded"): gradient for n, gradient in want[1].items()}
+    assert_same_run(got, want)
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (1, {})
+
+
+def mixed_model():
+    model = tiny_model()
+    torch.manual_seed(1)
+    model = PeftMixedModel(model, lora_config(target_modules=["q_proj", "v_proj"]), "first")
+    model.add_adapter("second", LoHaConfig(r=4, target_modules=["k_proj"], init_weights=False))
+    model.set_adapter(["first", "second"])
+    return model
+
+
+def test_mixed_adapters():
+    """Methods side by side, in PEFT's wrapper for that."""
+    batch, model = preference_batch(), mixed_model()
+    want = run(mixed_model(), batch)
+    with enable_prefix_sharing(model) as sharing:
+        assert_same_run(run(model, batch), want)
+        assert {"first", "second"} <= {part for name in want[1] for part in name.split(".")}
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (1, {})
+    assert patch_of(model.base_model.model.model) is None
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
+def test_initialisation_from_data_sees_rows():
+    """EVA picks the activations of real tokens out of rows, by hooks on the layers."""
+
+    def adapter(patched):
+        torch.manual_seed(1)
+        options = {"init_lora_weights": "eva", "eva_config": EvaConfig()}
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options)
+        model = get_peft_model(tiny_model(use_cache=False), config)
+        sharing = enable_prefix_sharing(model, on_bypass="ignore") if patched else None
+        batches = [preference_batch(seed=seed).inputs for seed in range(3)]
+        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        return sharing, get_peft_model_state_dict(model)
+
+    _, want = adapter(patched=False)
+    sharing, got = adapter(patched=True)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], weight) for name, weight in want.items())
+    assert (sharing.stats.calls, set(sharing.stats.bypassed)) == (
+        0,
+        {"PEFT reads the activations of rows"},
+    )
+
+
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 def test_generate_gives_the_same_tokens(sample):
     batch, model = preference_batch("left"), lora_model().eval()
@@ -276,7 +396,7 @@ def test_poly_is_refused():
         enable_prefix_sharing(wrap(tiny_model(), poly_config()))
 
 
-@pytest.mark.parametrize("kind", ["adapter_names", "poly"])
+@pytest.mark.parametrize("kind", ["adapter_names", "adapter_names and tokens", "poly"])
 def test_adapters_by_row_run_as_they_are(kind):
     """Rows of one batch with different adapters: equal tokens are not one."""
     batch = preference_batch()
@@ -285,8 +405,11 @@ def test_adapters_by_row_run_as_they_are(kind):
     if kind == "poly":
         model, choice = wrap(base, poly_config()), {"task_ids": torch.arange(4)}
     else:
-        model, choice = wrap(base, lora_config()), {"adapter_names": ["default", "other"] * 2}
-        model.add_adapter("other", lora_config())
+        # Trained tokens are the first of PEFT's layers, and it gives the choice to others.
+        options = {"trainable_token_indices": [3, 4]} if "tokens" in kind else {}
+        model = wrap(base, lora_config(**options))
+        model.add_adapter("other", lora_config(**options))
+        choice = {"adapter_names": ["default", "other"] * 2}
     model.eval()
     with torch.no_grad():
         got = model(**batch.inputs, **choice, use_cache=False).logits
