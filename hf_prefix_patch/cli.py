@@ -78,6 +78,11 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="N",
         help="training batches of at most so many unique tokens on each device",
     )
+    parser.add_argument(
+        "--keep-groups",
+        action="store_true",
+        help="deal out the completions of a prompt together (GRPO, RLOO)",
+    )
     parser.add_argument("script", metavar="SCRIPT", help="a Python file, or with -m a module")
     parser.add_argument(
         "arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="of the script"
@@ -98,6 +103,7 @@ def _run(arguments: argparse.Namespace) -> None:
         on_refusal=arguments.on_refusal,
         log_metrics=arguments.log_metrics,
         max_tokens_per_batch=arguments.max_tokens_per_batch,
+        keep_groups=arguments.keep_groups,
     )
     os.environ[VARIABLE] = str(options)
     switch = switch_on(options)

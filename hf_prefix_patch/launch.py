@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
 from hf_prefix_patch.patch import check_options, disable_prefix_sharing, enable_prefix_sharing
 from hf_prefix_patch.switch import LaunchOptions
-from hf_prefix_patch.wrappers import backbone_of, unwrap
+from hf_prefix_patch.wrappers import backbone_of, device_of, unwrap
 
 # What `enable_prefix_sharing` raises for a model that cannot be shared.
 _REFUSALS = (NotImplementedError, RuntimeError, TypeError)
@@ -96,6 +96,7 @@ class Launch:
                 on_bypass=self._on_bypass,
                 log_metrics=options.log_metrics,
                 max_tokens_per_batch=options.max_tokens_per_batch,
+                keep_groups=options.keep_groups,
             )
         except _REFUSALS as refusal:
             if options.on_refusal == "raise":
@@ -152,13 +153,12 @@ def rank() -> int:
 
 
 def absent_weights(backbone: nn.Module) -> str | None:
-    """Why a model cannot be verified now: weights that are not in this process, or not whole."""
-    for parameter in backbone.parameters():
-        if parameter.is_meta:
-            return "its weights are on the meta device"
-        if any(hasattr(parameter, mark) for mark in _SHARDED):
-            return "its weights are sharded"
-    return None
+    """Why a model cannot be verified through what it is called by."""
+    return "its weights are on the meta device" if device_of(backbone).type == "meta" else None
+
+
+def _sharded(backbone: nn.Module) -> bool:
+    return any(hasattr(p, mark) for p in backbone.parameters() for mark in _SHARDED)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -172,6 +172,8 @@ def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) 
     if patch is None:  # the script has removed it
         return
     absent = absent_weights(backbone)
+    if absent is None and _sharded(backbone):
+        absent = "its weights are sharded, and it is called by what gathers them"
     if absent is not None:
         warnings.warn(_unverified(name, absent), stacklevel=2)
         return

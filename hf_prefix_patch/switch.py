@@ -39,6 +39,7 @@ class LaunchOptions:
     on_refusal: str = "raise"
     log_metrics: bool = False
     max_tokens_per_batch: int | None = None
+    keep_groups: bool = False
 
     @classmethod
     def parse(cls, text: str) -> LaunchOptions:
@@ -56,7 +57,8 @@ class LaunchOptions:
         example = """1, or options as JSON such as '{"backend": "sdpa"}'"""
         if not isinstance(given, dict):
             raise ValueError(f"{VARIABLE}={text!r} is set, but must be {example}")
-        types = {"verify": bool, "log_metrics": bool, "max_tokens_per_batch": int | None}
+        types: dict[str, Any] = dict.fromkeys(("verify", "log_metrics", "keep_groups"), bool)
+        types["max_tokens_per_batch"] = int | None
         names = [field.name for field in fields(cls)]
         for name, value in given.items():
             if name not in names:

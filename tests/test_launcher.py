@@ -253,7 +253,7 @@ def test_encoder_is_left_alone_with_a_warning(launched, bert, capsys):
 
 def test_models_without_decoder_layers_are_refused(launched):
     model = transformers.EncodecModel(transformers.EncodecConfig(num_filters=4, hidden_size=8))
-    with pytest.warns(UserWarning, match="EncodecModel has no num_hidden_layers"):
+    with pytest.warns(UserWarning, match="EncodecModel is not one stack of layers"):
         launched().launch().loaded(model)
 
 
@@ -356,30 +356,31 @@ def test_refused_trainer_trains_unshared_if_asked(launched, llama, tmp_path, cap
 
 
 def test_weights_that_are_not_here_cannot_be_verified(launched, llama, tmp_path):
-    """ZeRO-3 marks its parameters; the sharing goes on, and the user is told."""
+    """The sharing goes on, and the user is told."""
     launched()
 
-    class Partitioned(DPOTrainer):
+    class Absent(DPOTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            next(self.model.parameters()).ds_id = 0
+            self.ref_model.to("meta")
 
     args = build_trainer(llama, tmp_path, lora=True).args
     options = {"train_dataset": preference_pairs(), "processing_class": tiny_tokenizer()}
     options |= {"peft_config": None, "ref_model": load(llama)}
-    with pytest.warns(UserWarning, match="Partitioned was not verified: its weights are sharded"):
-        trainer = Partitioned(model=llama, args=args, **options)
-    trainer.train()
-    assert stats_of(trainer.model).calls == 3
-    assert "meta" in absent_weights(nn.Linear(2, 2, device="meta"))
-    assert absent_weights(trainer.ref_model) is None
+    with pytest.warns(UserWarning, match="Absent was not verified: its weights are on the meta"):
+        trainer = Absent(model=llama, args=args, **options)
+    assert patch_of(trainer.model.base_model) is not None
+    assert absent_weights(trainer.model) is None
 
 
 def test_sharded_weights_of_a_loop_of_ones_own(launched, llama):
     launched()
     model = load(llama)
     next(model.parameters()).ds_id = 0
-    with pytest.warns(UserWarning, match="LlamaModel was not verified: its weights are sharded"):
+    with pytest.warns(
+        UserWarning,
+        match="LlamaModel was not verified: its weights are sharded",
+    ):
         model(**rows())
     assert stats_of(model).calls == 1
 
@@ -422,6 +423,7 @@ def test_precomputing_after_enabling_the_model_does_not_warn(llama, tmp_path, lo
         ("{}", {}),
         ('{"backend": "sdpa", "verify": false}', {"backend": "sdpa", "verify": False}),
         ('{"max_tokens_per_batch": 9}', {"max_tokens_per_batch": 9}),
+        ('{"keep_groups": true}', {"keep_groups": True}),
     ],
 )
 def test_values_of_the_variable(text, options):
