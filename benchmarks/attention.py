@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 
-from hf_prefix_patch import PrefixTree
+from hf_prefix_patch import PrefixTree, versions
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.backends.varlen import gather_paths
@@ -180,7 +180,7 @@ def unshared_calls(
     if unserved(BACKENDS["torch_varlen"], needs_of(args)) is None:
         count, length = q.shape[0], q.shape[2]
         ends = torch.arange(count + 1, dtype=torch.int32, device=q.device) * length
-        grouped = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
+        grouped = {"enable_gqa": True} if versions.VARLEN_IS_TOLD_OF_GROUPS else {}
 
         def varlen() -> Tensor:
             flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.adapters import adapter_reason, config_depends_on_batch
+from hf_prefix_patch.versions import check_loaded
 
 SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
@@ -111,8 +112,10 @@ def check_peft(peft_model: Any) -> None:
     """Refuse PEFT methods that act on positions of a row, or on rows.
 
     Raises:
+        ImportError: a PEFT that is too old.
         NotImplementedError: prompt learning, aLoRA, and others that depend on the batch.
     """
+    check_loaded("peft")
     for adapter, config in peft_model.peft_config.items():
         if getattr(config, "is_prompt_learning", False):
             raise refusal(

@@ -197,12 +197,13 @@ def _map(
     dataset: Any, tokenizer: Any, limit: int | None, num_proc: int | None, progress: bool
 ) -> tuple[Any, list[str | None]]:
     """The same for a `Dataset`, all columns kept."""
-    from datasets import List, Value
+    import datasets
 
     if not len(dataset):
         return dataset, []
     features = dataset.features.copy()  # given, as none can be inferred from a run of empty prompts
-    features.update({name: List(Value("int64")) for name in IDS} | {CUT: Value("string")})
+    ids = datasets.Sequence(datasets.Value("int64"))
+    features.update(dict.fromkeys(IDS, ids) | {CUT: datasets.Value("string")})
     with _bars(progress):
         pairs = dataset.map(
             _encode_columns,

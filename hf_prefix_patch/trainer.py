@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
 from hf_prefix_patch.groups import GroupedMicroBatches, grouping_advice
 from hf_prefix_patch.hooks import patch_of
+from hf_prefix_patch.versions import check_loaded
 from hf_prefix_patch.wrappers import backbone_of, unwrap
 
 if TYPE_CHECKING:
@@ -66,8 +68,20 @@ def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
     """Refuse or point out trainer options that do not go with sharing.
 
     Raises:
+        ImportError: a TRL that is too old.
+        ValueError: a collator that the trainer cannot use.
         NotImplementedError: NEFTune, whose noise depends on the row length.
     """
+    if any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
+        check_loaded("trl")
+    if _joins_rows_itself(trainer) and isinstance(
+        trainer.data_collator, DataCollatorWithPrefixSharing
+    ):
+        raise ValueError(
+            f"the data_collator of this {type(trainer).__name__} is a "
+            "DataCollatorWithPrefixSharing, which makes rows, but the trainer joins prompts and "
+            "completions to rows itself; leave data_collator out"
+        )
     args = trainer.args
     if getattr(args, "neftune_noise_alpha", None) is not None:
         raise NotImplementedError(
@@ -75,7 +89,11 @@ def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
             f"{args.neftune_noise_alpha}, noise whose size depends on the row length; set it to "
             "None"
         )
-    if getattr(args, "precompute_ref_log_probs", False) and not _reference_is_patched(trainer):
+    if (
+        getattr(args, "precompute_ref_log_probs", False)
+        and _has_reference_logps(trainer)
+        and not _reference_is_patched(trainer)
+    ):
         warnings.warn(
             "precompute_ref_log_probs=True computed the reference log-probs while the trainer was "
             "built, before sharing was enabled; to share that pass too, call "
@@ -85,6 +103,17 @@ def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
     advice = None if keep_groups else grouping_advice(trainer)
     if advice is not None:
         warnings.warn(f"prefix sharing: {advice}", stacklevel=3)
+
+
+def _joins_rows_itself(trainer: Any) -> bool:
+    """Whether it takes prompts and completions apart: DPO of TRL before 0.29, ORPO, CPO."""
+    return hasattr(trainer, "concatenated_inputs")
+
+
+def _has_reference_logps(trainer: Any) -> bool:
+    """Whether the trainer has them; some compute them when training begins."""
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    return any(re.fullmatch(r"ref.*logps", name) for name in columns)
 
 
 def _reference_is_patched(trainer: Any) -> bool:

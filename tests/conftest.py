@@ -1,18 +1,42 @@
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))
 
+from families import NEEDS
+
+
+def pytest_collection_finish() -> None:
+    # Every training run collects garbage; this spares it what the imports have left.
+    gc.freeze()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        reasons = list(_missing(item))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            reasons.append("needs a CUDA device")
+        if reasons:
+            item.add_marker(pytest.mark.skip(reason="; ".join(reasons)))
+
+
+def _missing(item: pytest.Item) -> Iterator[str]:
+    """What a test asks for by `@pytest.mark.needs(trl=">=0.29")`, or by a parameter `family`, and
+    the installed versions do not have."""
+    asked = [marker.kwargs for marker in item.iter_markers("needs")]
+    callspec = getattr(item, "callspec", None)
+    asked.append(NEEDS.get(callspec.params.get("family"), {}) if callspec else {})
+    for needs in asked:
+        for package, wanted in needs.items():
+            if not SpecifierSet(wanted).contains(version(package), prereleases=True):
+                yield f"needs {package}{wanted}, and this is {version(package)}"

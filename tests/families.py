@@ -102,6 +102,12 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Families with recurrent layers, which the package tree-recurrence makes follow the tree."""
 
+NEEDS: dict[str, dict[str, str]] = {
+    "gpt-oss": {"transformers": ">=4.55"},
+    **{name: {"transformers": ">=5.15"} for name in HYBRIDS},  # as tree-recurrence does
+}
+"""By family, the versions that have it; a test with a parameter `family` is skipped on others."""
+
 NO_SDPA = {"gemma2", "gpt-oss", "mamba2"}
 """Families for which transformers has no sdpa: a soft cap, sinks, no attention at all."""
 

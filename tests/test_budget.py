@@ -539,7 +539,7 @@ def test_losses_by_tokens_are_left_alone(tmp_path):
 
 
 def test_reward_trainer(llama, tmp_path):
-    model = LlamaForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
+    model = LlamaForSequenceClassification.from_pretrained(llama, num_labels=1)
     perturb(model)
     config = RewardConfig(
         str(tmp_path),

@@ -1,6 +1,7 @@
 """The collator: TRL's tensors, the model's own plan, either layout."""
 
 import pickle
+import pkgutil
 
 import hypothesis.strategies as st
 import numpy as np
@@ -8,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from torch.utils.data import DataLoader
-from transformers import BatchEncoding, DataCollatorForLanguageModeling, DataCollatorWithPadding
+from transformers import BatchEncoding, DataCollatorForLanguageModeling
+from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
-from trl.trainer.reward_trainer import DataCollatorForPreference as DataCollatorForReward
 
 from hf_prefix_patch import DataCollatorWithPrefixSharing, PrefixTree
 from hf_prefix_patch.planned import PackedRow, PlannedTensor, plan_of
@@ -31,6 +31,7 @@ OPTIONS = {
     "multiple": {"pad_to_multiple_of": 16},
     "multiple-of-cut": {"max_length": 6, "pad_to_multiple_of": 4},
 }
+makes_rows = pytest.mark.needs(trl=">=0.29")  # before, TRL collates prompts and completions apart
 ids = st.lists(st.integers(1, 3), max_size=5)
 pairs = st.lists(
     st.fixed_dictionaries({"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}),
@@ -54,6 +55,7 @@ def assert_same_tree(got, want):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
 
 
+@makes_rows
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("old_names", [False, True])
 @pytest.mark.parametrize("reference", [False, True])
@@ -70,6 +72,7 @@ def test_tensors_are_those_of_trl(options, old_names, reference):
     assert_same_tensors(DataCollatorWithPrefixSharing(pad_token_id=2, **options)(examples), want)
 
 
+@makes_rows
 @given(
     first_row_filled, st.sampled_from([{}, {"max_length": 3}]), st.sampled_from(["start", "end"])
 )
@@ -221,16 +224,25 @@ WHOLE = [
     {"chosen_ids": [5, 7], "rejected_ids": [5, 6], "margin": 0.0},
 ]
 COLLATORS = {
-    "preference": (DataCollatorForPreference(pad_token_id=0), PAIRS, [""]),
-    "reward": (DataCollatorForReward(pad_token_id=0), WHOLE, [""]),
-    "kto": (DataCollatorForUnpairedPreference(pad_token_id=0), COMPLETIONS, ["", "KL_"]),
-    "padding": (DataCollatorWithPadding(_Tokenizer()), ROWS, [""]),
-    "language-model": (DataCollatorForLanguageModeling(_Tokenizer(), mlm=False), ROWS, [""]),
+    "preference": ("trl.trainer.dpo_trainer:DataCollatorForPreference", PAIRS, [""]),
+    "reward": ("trl.trainer.reward_trainer:DataCollatorForPreference", WHOLE, [""]),
+    "kto": ("trl.trainer.kto_trainer:DataCollatorForUnpairedPreference", COMPLETIONS, ["", "KL_"]),
+    "padding": ("transformers:DataCollatorWithPadding", ROWS, [""]),
+    "language-model": ("transformers:DataCollatorForLanguageModeling", ROWS, [""]),
 }
 
 
-@pytest.mark.parametrize(("collator", "examples", "kinds"), COLLATORS.values(), ids=COLLATORS)
-def test_wrapped_collators(collator, examples, kinds):
+@pytest.mark.parametrize(
+    ("name", "examples", "kinds"),
+    [
+        pytest.param(*values, id=name, marks=makes_rows if values[0].startswith("trl") else ())
+        for name, values in COLLATORS.items()
+    ],
+)
+def test_wrapped_collators(name, examples, kinds):
+    options = {"mlm": False} if name.endswith("LanguageModeling") else {}
+    arguments = {"pad_token_id": 0} if name.startswith("trl") else {"tokenizer": _Tokenizer()}
+    collator = pkgutil.resolve_name(name)(**arguments, **options)
     want = collator([dict(x) for x in examples])
     wrapped = DataCollatorWithPrefixSharing.wrap(collator)
     got = pickle.loads(pickle.dumps(wrapped))([dict(x) for x in examples])
@@ -243,10 +255,21 @@ def test_wrapped_collators(collator, examples, kinds):
         assert want_tree.packed_tokens < want_tree.row_tokens
 
 
+@pytest.mark.needs(trl="<0.29")
+def test_parts_of_rows_are_joined_without_a_trace():
+    """Plans of prompts and completions do not outlive TRL's joining them to rows."""
+    collator = DataCollatorForPreference(pad_token_id=0)
+    examples = [{name.replace("_", "_input_"): x for name, x in pair.items()} for pair in PAIRS[:3]]
+    got = DataCollatorWithPrefixSharing.wrap(collator)(examples)
+    assert_same_tensors(got, collator(examples))
+    joined = DPOTrainer.concatenated_inputs(got, padding_value=0)
+    assert {type(x) for x in joined.values()} == {torch.Tensor}
+
+
 def test_a_wrapped_collator_is_still_itself():
-    inner = DataCollatorForPreference(pad_token_id=0, max_length=7)
+    inner = DataCollatorForLanguageModeling(_Tokenizer(), mlm=False, pad_to_multiple_of=7)
     wrapped = DataCollatorWithPrefixSharing.wrap(inner)
-    assert wrapped.max_length == 7
+    assert wrapped.pad_to_multiple_of == 7
     assert wrapped.collator is inner
     assert DataCollatorWithPrefixSharing.wrap(wrapped) is wrapped
     ours = DataCollatorWithPrefixSharing(pad_token_id=0)

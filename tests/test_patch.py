@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from batches import LayerTokens, assert_same_run, preference_batch, run
-from families import tiny_model
+from families import FAMILIES, NO_SDPA, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -46,6 +46,16 @@ def footprint(model):
         "state": list(model.state_dict()),
         "config": model.config.to_dict(),
     }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_patch_is_on_the_decoder_stack(family):
+    """Some trainers call the stack and not the model; Gemma 3 of transformers before 5 names its
+    stack by a prefix that leads nowhere."""
+    model = tiny_model(family, "eager" if family in NO_SDPA else "sdpa")
+    enable_prefix_sharing(model, verify=False)
+    assert hooks.patch_of(model.model) is not None
+    assert hooks.patch_of(model) is None
 
 
 @pytest.mark.parametrize("how", ["handle", "with", "disable"])

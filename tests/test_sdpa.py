@@ -223,6 +223,27 @@ def test_any_layout(layout):
             torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
+class _Dropped(torch.autograd.Function):
+    """A loss that takes an input and gives no gradient for it, as fused losses of a reference."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_an_output_that_is_not_differentiated():
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    inputs = packed_inputs(tree)
+    blocks = as_tensor(segment_blocks(tree))
+    output, _ = cpu.cpu_attention(*inputs, blocks, 0.3)
+    _Dropped.apply(output).backward()
+    assert all(x.grad is None for x in inputs)
+
+
 def test_the_users_choice_of_kernel(monkeypatch):
     """`sdpa_kernel(MATH)` switches the flash kernel off: attention can be differentiated twice."""
     monkeypatch.setattr(sdpa, "cpu_attention", None)

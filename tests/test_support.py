@@ -1,5 +1,6 @@
 """Refusals at enable time, and bypasses that run exactly the original."""
 
+import pkgutil
 import sys
 import types
 
@@ -8,7 +9,6 @@ import torch
 import transformers
 from batches import pad_rows, preference_batch
 from families import tiny_model
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.support import (
@@ -18,6 +18,7 @@ from hf_prefix_patch.support import (
     rope_depends_on_length,
     sliding_window,
 )
+from hf_prefix_patch.versions import release
 
 _SMALL = {
     "vocab_size": 40,
@@ -211,6 +212,9 @@ def test_rows_without_a_real_token():
 
 def test_neftune_switched_on_later():
     """Noise in training is bypassed; in evaluation there is none, and rows are shared."""
+    moved = release(transformers.__version__) >= (5, 0)
+    home = "transformers.integrations.neftune" if moved else "transformers.trainer_utils"
+    neftune_post_forward_hook = pkgutil.resolve_name(f"{home}:neftune_post_forward_hook")
     model = tiny_model()
     with enable_prefix_sharing(model) as sharing:
         embeddings = model.get_input_embeddings()

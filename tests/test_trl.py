@@ -16,13 +16,22 @@ from tiny_trl import (
     run_dpo,
     save_tiny_model,
 )
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
-from hf_prefix_patch import enable_prefix_sharing
+from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
+from hf_prefix_patch.columns import REFERENCE_LOGPS, rows_of
 from hf_prefix_patch.hooks import patch_of
 
 # TRL and transformers announce renamed and deprecated options; what they are is no concern here.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    # Said by reentrant checkpointing, TRL's default before 0.29, of the reference's forward.
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
+]
+
+rows = pytest.mark.needs(trl=">=0.29")  # the trainer of today, which makes rows of its data
+joined = pytest.mark.needs(trl="<0.29")  # the one before, which joins prompts and completions
+several = pytest.mark.needs(trl=">=0.20")
 
 LOSSES = {
     "sigmoid": {},
@@ -34,6 +43,7 @@ LOSSES = {
     "bco_pair": {},
     "sppo_hard": {},
     "aot": {"label_smoothing": 0.1},
+    "aot_pair": {"label_smoothing": 0.1},
     "aot_unpaired": {"label_smoothing": 0.1},
     "apo_zero": {},
     "apo_down": {},
@@ -41,6 +51,20 @@ LOSSES = {
     "sft": {},
     "sigmoid_norm": {},
 }
+NEEDS = {
+    "aot_pair": joined,
+    "aot_unpaired": rows,
+    "sft": several,
+    "sigmoid_norm": rows,
+    "several-losses": several,
+    "forward-kl": rows,
+    "pad-to-multiple": rows,
+    "rpo": joined,
+    "logits-to-keep": joined,
+    "short-parts": joined,
+}
+"""Of losses and settings, the versions that have them."""
+
 SETTINGS = {
     "several-losses": {
         "loss_type": ["sigmoid", "bco_pair", "sft"],
@@ -54,12 +78,16 @@ SETTINGS = {
     "keep-start": {"max_length": 44},
     "keep-end": {"max_length": 44, "truncation_mode": "keep_end"},
     "pad-to-multiple": {"pad_to_multiple_of": 16},
+    "rpo": {"rpo_alpha": 0.5},
+    "logits-to-keep": {"use_logits_to_keep": True},
+    "short-parts": {"max_prompt_length": 25, "max_completion_length": 5},
     "no-checkpointing": {"gradient_checkpointing": False},
     "non-reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
 }
 LOG_2 = 0.6931472
+by_name = {name: pytest.param(name, marks=mark) for name, mark in NEEDS.items()}
 NAMES = ["prefix_sharing/sharing_ratio", "prefix_sharing/packed_tokens"]
 by_method = pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 
@@ -67,7 +95,11 @@ by_method = pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {f: save_tiny_model(root / f, f) for f in ("llama", "mixtral", "qwen3-moe")}
+    experts = {
+        family: save_tiny_model(root / family, family, router_aux_loss_coef=0.5)
+        for family in ("mixtral", "qwen3-moe")
+    }
+    return {"llama": save_tiny_model(root / "llama"), **experts}
 
 
 @pytest.fixture(scope="module")
@@ -94,28 +126,28 @@ def assert_same_training(path, output_dir, *, lora, sharing=None, calls=None, **
     return want
 
 
+@pytest.mark.needs(trl=">=0.20")
 def test_every_loss_of_the_trainer_is_listed():
-    source = inspect.getsource(DPOTrainer._compute_loss)
-    assert set(re.findall(r'loss_type == "(\w+)"', source)) == LOSSES.keys()
+    method = getattr(DPOTrainer, "_compute_loss", None) or DPOTrainer.dpo_loss
+    found = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(method)))
+    renamed = {"aot_pair", "aot_unpaired", "sigmoid_norm"}
+    assert found | renamed == LOSSES.keys()
 
 
 @by_method
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [by_name.get(name, name) for name in LOSSES])
 def test_loss(llama, tmp_path, loss, lora):
-    assert_same_training(llama, tmp_path, lora=lora, loss_type=[loss], **LOSSES[loss])
+    assert_same_training(llama, tmp_path, lora=lora, loss_type=loss, **LOSSES[loss])
 
 
 @by_method
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [by_name.get(name, name) for name in SETTINGS])
 def test_setting(llama, tmp_path, setting, lora):
     run = assert_same_training(llama, tmp_path, lora=lora, **SETTINGS[setting])
     longest = SETTINGS[setting].get("max_length")
     if longest is not None:
         pairs = run.trainer.train_dataset
-        lengths = [
-            (len(p["prompt_ids"] + p["chosen_ids"]), len(p["prompt_ids"] + p["rejected_ids"]))
-            for p in pairs
-        ]
+        lengths = [[len(row.ids) for row in rows_of(pair)] for pair in pairs]
         assert any(min(pair) > longest for pair in lengths)
         assert any(pair[0] != pair[1] and max(pair) > longest for pair in lengths)
 
@@ -123,9 +155,7 @@ def test_setting(llama, tmp_path, setting, lora):
 @by_method
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
 def test_auxiliary_loss_of_experts(paths, tmp_path, family, lora):
-    run = assert_same_training(
-        paths[family], tmp_path, lora=lora, router_aux_loss_coef=0.5, loss_type=["sigmoid"]
-    )
+    run = assert_same_training(paths[family], tmp_path, lora=lora)
     assert run.trainer.model.config.output_router_logits
     assert run.log[0]["aux_loss"] > 0.1
 
@@ -149,11 +179,53 @@ def test_trainer_form_with_a_disabled_adapter(llama, tmp_path):
     assert_same_training(llama, tmp_path, lora=True, sharing="trainer")
 
 
+@rows
 def test_model_form_shares_the_policy_of_full_fine_tuning(llama, tmp_path):
     """The trainer loads its own reference model, which the model form cannot know."""
     assert_same_training(llama, tmp_path, lora=False, sharing="model", calls=3)
 
 
+@joined
+def test_model_form_shares_a_copied_reference_too(llama, tmp_path):
+    """The trainer copies the model, patch and all; the copy counts for itself."""
+    want = run_dpo(load(llama), tmp_path)
+    got = run_dpo(load(llama), tmp_path, sharing="model")
+    assert_same_log(got.log, want.log)
+    assert_shared(got.handle.stats, 3)
+    assert_shared(patch_of(got.trainer.ref_model.base_model).stats, 3)
+
+
+@joined
+@pytest.mark.filterwarnings("ignore:Padding-free training is enabled:UserWarning")
+@by_method
+def test_padding_free_rows_are_bypassed(llama, tmp_path, lora):
+    """All rows in one, told apart by their positions: nothing is shared, and it is said."""
+    options = {"lora": lora, "padding_free": True}
+    want = run_dpo(load(llama), tmp_path, **options)
+    with pytest.warns(UserWarning, match="is bypassed: several documents in a row"):
+        got = run_dpo(load(llama), tmp_path, sharing="trainer", **options)
+    assert_same_log(got.log, want.log)
+    assert got.handle.stats.calls == 0
+    assert got.handle.stats.bypassed == {"several documents in a row": 6}
+
+
+@joined
+def test_a_collator_that_the_trainer_cannot_use_is_refused(llama, tmp_path):
+    trainer = build_trainer(load(llama), tmp_path)
+    trainer.data_collator = DataCollatorWithPrefixSharing(pad_token_id=0)
+    with pytest.raises(ValueError, match=r"of this DPOTrainer is .* leave data_collator out"):
+        enable_prefix_sharing(trainer)
+
+
+@joined
+def test_token_budgets_are_refused(llama, tmp_path):
+    trainer = build_trainer(load(llama), tmp_path)
+    with pytest.raises(ValueError, match="DPOTrainer, which has a get_train_dataloader of its own"):
+        enable_prefix_sharing(trainer, max_tokens_per_batch=200)
+    assert patch_of(trainer.model.base_model) is None
+
+
+@rows
 @pytest.mark.parametrize("sharing", ["model", "trainer"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_reference_by_ref_adapter(llama, tmp_path, sharing, reentrant):
@@ -172,6 +244,24 @@ def test_reference_by_ref_adapter(llama, tmp_path, sharing, reentrant):
     assert_shared(got.handle.stats, 6)
 
 
+@joined
+@pytest.mark.parametrize("sharing", ["model", "trainer"])
+def test_reference_by_a_named_adapter(llama, tmp_path, sharing):
+    def wrapped():
+        torch.manual_seed(0)
+        model = get_peft_model(load(llama), lora_config())
+        model.add_adapter("reference", lora_config())
+        perturb(model)
+        return model
+
+    options = {"model_adapter_name": "default", "ref_adapter_name": "reference"}
+    want = run_dpo(wrapped(), tmp_path, **options)
+    got = run_dpo(wrapped(), tmp_path, sharing=sharing, **options)
+    assert abs(want.log[0]["loss"] - LOG_2) > 1e-3
+    assert_same_log(got.log, want.log)
+    assert_shared(got.handle.stats, 6)
+
+
 @by_method
 def test_reference_by_a_second_model(llama, tmp_path, lora):
     """The trainer form patches both models, and takes the patch off both."""
@@ -181,8 +271,10 @@ def test_reference_by_a_second_model(llama, tmp_path, lora):
         perturb(model, 0.1)
         return model
 
-    want = run_dpo(load(llama), tmp_path, lora=lora, ref_model=second())
-    got = run_dpo(load(llama), tmp_path, lora=lora, ref_model=second(), sharing="trainer")
+    options = {"force_use_ref_model": True} if hasattr(DPOConfig, "force_use_ref_model") else {}
+    options |= {"lora": lora}
+    want = run_dpo(load(llama), tmp_path, ref_model=second(), **options)
+    got = run_dpo(load(llama), tmp_path, ref_model=second(), sharing="trainer", **options)
     other = run_dpo(load(llama), tmp_path, lora=lora)
     assert want.log[0]["rewards/chosen"] != other.log[0]["rewards/chosen"]
     assert_same_log(got.log, want.log)
@@ -195,6 +287,7 @@ def test_reference_by_a_second_model(llama, tmp_path, lora):
     assert not any(b._forward_hooks or b._forward_pre_hooks for b in backbones)
 
 
+@rows
 @by_method
 def test_precomputed_reference(llama, tmp_path, lora):
     """Enabled on the model before the trainer is built, the precomputing pass is shared too."""
@@ -214,6 +307,22 @@ def test_precomputed_reference(llama, tmp_path, lora):
     assert_shared(handle.stats, 5 + 3)
 
 
+@joined
+@by_method
+def test_reference_precomputed_when_training_begins(llama, tmp_path, lora):
+    """The trainer form is in time for it."""
+    options = {"lora": lora, "precompute_ref_log_probs": True}
+    want = run_dpo(load(llama), tmp_path, **options)
+    got = run_dpo(load(llama), tmp_path, sharing="trainer", **options)
+    for name in REFERENCE_LOGPS:
+        ours, theirs = (torch.tensor(list(run.trainer.train_dataset[name])) for run in (got, want))
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-5)
+    if lora:  # else the policy is its own reference, and its accuracies are rounding
+        assert_same_log(got.log, want.log)
+    assert_shared(got.handle.stats, 3 + 3)
+
+
+@rows
 @by_method
 def test_precomputed_reference_in_the_trainer_form_warns(llama, tmp_path, lora):
     want = run_dpo(load(llama), tmp_path, lora=lora, precompute_ref_log_probs=True)
@@ -242,6 +351,7 @@ def test_bf16_autocast_is_no_worse_than_the_unpatched_trainer(llama, tmp_path, l
     assert_shared(handle.stats, 2 * 12)
 
 
+@rows
 @by_method
 def test_log_metrics(llama, tmp_path, lora):
     """Exactly two names join each log, their values are those of the calls since the last one,

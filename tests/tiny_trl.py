@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +77,10 @@ def preference_pairs(pairs: int = 12, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def save_tiny_model(directory: Path, family: str = "llama") -> str:
+def save_tiny_model(directory: Path, family: str = "llama", **changes: Any) -> str:
     """Write a tiny model where TRL can load its reference model from; returns the path."""
     vocab = len(SPECIAL_TOKENS) + len(WORDS)
-    model = tiny_model(family, vocab_size=vocab, max_position_embeddings=128)
+    model = tiny_model(family, vocab_size=vocab, max_position_embeddings=128, **changes)
     model.save_pretrained(directory)
     return str(directory)
 
@@ -90,7 +91,7 @@ def lora_config() -> LoraConfig:
 
 
 def load(path: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(path)
 
 
 def dpo_config(output_dir: Path, **options: Any) -> DPOConfig:
@@ -100,6 +101,7 @@ def dpo_config(output_dir: Path, **options: Any) -> DPOConfig:
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "learning_rate": 2e-3,
+        "gradient_checkpointing": True,
         "logging_steps": 1,
         "bf16": False,
         "use_cpu": True,
@@ -107,6 +109,8 @@ def dpo_config(output_dir: Path, **options: Any) -> DPOConfig:
         "disable_tqdm": True,
         "save_strategy": "no",
     }
+    # transformers before 5 leaves the mixed precision of one run to the next.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     return DPOConfig(str(output_dir), **(defaults | options))
 
 
@@ -124,6 +128,7 @@ def build_trainer(
     model: nn.Module, output_dir: Path, *, lora: bool = False, ref_model: Any = None, **options: Any
 ) -> DPOTrainer:
     """A stock trainer; its policy is moved away from the reference after that is in place."""
+    torch.manual_seed(0)  # TRL before 0.29 makes its adapter before it sets the seed
     trainer = DPOTrainer(
         model=model,
         ref_model=ref_model,

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import modeling_flash_attention_utils as hf_flash
 
-from hf_prefix_patch import attention
+from hf_prefix_patch import attention, versions
 from hf_prefix_patch.backends.base import Backend, Needs
 from hf_prefix_patch.backends.sdpa import SDPA
 
@@ -175,6 +177,17 @@ def flash_with_sinks(
     return output, None
 
 
+def uninstall_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No flash attention at all."""
+
+    def missing(*args: Any, **kwargs: Any) -> Any:
+        raise ImportError("no such package")
+
+    monkeypatch.setattr(hf_flash, "_lazy_imports", missing, raising=False)
+    for name in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
 def install_flash(monkeypatch: pytest.MonkeyPatch, function: Any = flash_2) -> list[dict[str, Any]]:
     """Stand in for what transformers resolves for every flash implementation; its calls."""
     calls: list[dict[str, Any]] = []
@@ -186,8 +199,21 @@ def install_flash(monkeypatch: pytest.MonkeyPatch, function: Any = flash_2) -> l
         return function(*args, **kwargs)
 
     recording.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    functions = (None, recording, None, None, None)
-    monkeypatch.setattr(hf_flash, "_lazy_imports", lambda *args, **kwargs: functions)
-    for name in ("_loaded_implementation", "_flash_varlen_fn", "_process_flash_kwargs_fn"):
-        monkeypatch.setattr(hf_flash, name, None)
+    if versions.FLASH_IS_RESOLVED:
+        others = 3 if hasattr(hf_flash, "_flash_with_kvcache_fn") else 2
+        functions = (None, recording, *[None] * others)
+        monkeypatch.setattr(hf_flash, "_lazy_imports", lambda *args, **kwargs: functions)
+        kept = ("_loaded_implementation", "_flash_varlen_fn", "_process_flash_kwargs_fn")
+        for name in kept:
+            monkeypatch.setattr(hf_flash, name, None, raising=False)
+        return calls
+    package = SimpleNamespace(flash_attn_varlen_func=recording)
+    monkeypatch.setattr(hf_flash, "flash_attn_2_varlen_func", recording)
+    monkeypatch.setattr(hf_flash, "flash_attn_3_varlen_func", recording)
+    monkeypatch.setattr(hf_flash, "_flash_supports_window_size", True)
+    monkeypatch.setattr(
+        hf_flash, "flash_241", "deterministic" in recording.__signature__.parameters
+    )
+    for name in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, package)
     return calls

@@ -232,7 +232,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
+    if grad is None:  # what comes after differentiates nothing, a fused loss of its reference
+        return (None,) * 5
     query, key, value, output, lse, blocks = ctx.saved_tensors
     grads = cpu_attention_backward(grad, query, key, value, output, lse, blocks, ctx.scaling)
     return (*grads, None, None)

@@ -8,6 +8,7 @@ position.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers import modeling_flash_attention_utils as hf_flash
 
+from hf_prefix_patch import versions
 from hf_prefix_patch.backends.base import (
     HALF,
     Backend,
@@ -31,8 +33,11 @@ from hf_prefix_patch.backends.base import (
 )
 from hf_prefix_patch.tree import PrefixTree, to_device
 
-# Before torch 2.12 there is no such argument, and grouped queries are taken as they are.
-_HAS_ENABLE_GQA = torch.__version__ >= "2.12"
+# Where the functions of a flash implementation come from, if transformers does not tell.
+_FLASH_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+}
 
 # What the variable-length functions call the features of `Needs`.
 _ARGUMENTS = {
@@ -76,7 +81,9 @@ def torch_varlen_attend(
             'backend "torch_varlen" does not; pass backend="sdpa", or train under autocast'
         )
     q, k, v, size = _sequences(query, key, value, tree_blocks, tree_chains)
-    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _HAS_ENABLE_GQA else {}
+    grouped: dict[str, Any] = {}
+    if versions.VARLEN_IS_TOLD_OF_GROUPS:
+        grouped["enable_gqa"] = q.shape[1] != k.shape[1]
     output = varlen.varlen_attn(
         q,
         k,
@@ -147,8 +154,9 @@ def _flash_dtype(query: Tensor, module: nn.Module, config: Any) -> torch.dtype:
         return query.dtype
     if torch.is_autocast_enabled(query.device.type):
         return torch.get_autocast_dtype(query.device.type)
-    if hasattr(config, "_is_quantized"):
-        return config.dtype  # type: ignore[no-any-return]
+    mark, dtype = versions.QUANTIZED
+    if hasattr(config, mark):
+        return getattr(config, dtype)  # type: ignore[no-any-return]
     return next(m.weight.dtype for m in module.modules() if isinstance(m, nn.Linear))
 
 
@@ -231,8 +239,6 @@ def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
 def _torch_varlen_unserved(needs: Needs) -> str | None:
     if needs.device.type != "cuda" or torch.version.hip is not None:
         return f"it needs a CUDA device, and the model is on {needs.device.type}"
-    if torch.__version__ < "2.11":
-        return f"it needs torch 2.11, and this is {torch.__version__}"
     if torch.cuda.get_device_capability(needs.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or later"
     if any(size % 8 or size > 256 for size in needs.head_dims):
@@ -257,6 +263,12 @@ def _flash_unserved(needs: Needs) -> str | None:
 
 
 def _flash_varlen_function(implementation: str) -> Callable[..., Any]:
+    if not versions.FLASH_IS_RESOLVED:
+        package = _FLASH_PACKAGES.get(implementation)
+        if package is None:
+            raise ValueError(f"it knows {sorted(_FLASH_PACKAGES)} only")
+        function: Callable[..., Any] = importlib.import_module(package).flash_attn_varlen_func
+        return function
     functions, _ = hf_flash.lazy_import_flash_attention(implementation)
     if functions[1] is None:
         raise ValueError("the kernel has none")
