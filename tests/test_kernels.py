@@ -215,15 +215,19 @@ def unsloth_patch(way, monkeypatch):
         "the attention's class": [llama.LlamaAttention],
         "the causal model's class": [llama.LlamaForCausalLM],
     }
-    for cls in classes.get(way, [llama.LlamaAttention] if way in DECORATED else []):
+    for cls in classes.get(way, []):
         monkeypatch.setattr(cls, "forward", written_by(LLAMA))
     if way.startswith("a class of its own"):
         module = f"{way.rpartition(' ')[2]}unsloth_compiled_module_llama"
         monkeypatch.setattr(llama, "LlamaAttention", attention_class(module))
-    if way in DECORATED:
-        return lambda model: DECORATED[way](model.model.layers[1].self_attn)
-    if way == "one attention":
-        return lambda model: bind(model.model.layers[1].self_attn, written_by(LLAMA))
+    if way == "one attention" or way in DECORATED:
+
+        def one_attention(model):
+            attention = model.model.layers[1].self_attn
+            bind(attention, written_by(LLAMA))
+            DECORATED.get(way, id)(attention)
+
+        return one_attention
     if way == "the MLP of an adapter":
         return lambda model: bind(
             model.model.layers[0].mlp, written_by("unsloth.kernels.fast_lora")

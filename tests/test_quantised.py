@@ -1,6 +1,7 @@
 """Base models quantised by bitsandbytes under LoRA: the same numbers as without sharing."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from peft import prepare_model_for_kbit_training
 from test_parity import assert_error_at_most_doubles
 from test_peft import CHECKPOINTING, lora_config, policy_and_reference, wrap
 from test_peft_methods import moved
-from tiny_trl import assert_same_log, run_dpo
+from tiny_trl import assert_same_log, preference_pairs, run_dpo, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_prefix_patch import enable_prefix_sharing
@@ -59,8 +60,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def load(folder, config, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+def load(folder, config, dtype=torch.float32, device="cpu"):
+    options = {"quantization_config": config, "dtype": dtype, "device_map": {"": device}}
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def qlora(model, checkpointing="none", **options):
@@ -110,6 +112,25 @@ def test_bf16_compute_is_no_worse_than_without_sharing(folder):
         layer.compute_dtype = torch.bfloat16
     enable_prefix_sharing(model).remove()  # verification allows for it
     assert_error_at_most_doubles(model, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_bf16_on_a_gpu(folder):
+    """As trainers run it: fp32 around the layers, bf16 autocast, kernels picked by token count."""
+    truth = qlora(load(folder, four_bits(), device="cuda"))
+    model = qlora(load(folder, four_bits(compute=torch.bfloat16), device="cuda"))
+    errors = {"rows": torch.zeros(2), "shared": torch.zeros(2)}
+    for seed in range(8):
+        batch = preference_batch(seed=seed)
+        batch = type(batch)(*(x.cuda() for x in vars(batch).values()))
+        want = run(truth, batch)
+        with torch.autocast("cuda", torch.bfloat16):
+            errors["rows"] += torch.tensor(distance(run(model, batch), want)).square()
+            with enable_prefix_sharing(model) as sharing:
+                errors["shared"] += torch.tensor(distance(run(model, batch), want)).square()
+        assert sharing.stats.calls == 1
+    assert bool((errors["shared"].sqrt() <= 2 * errors["rows"].sqrt()).all())
 
 
 def test_base_model_in_bf16(folder):
@@ -200,13 +221,13 @@ def test_qlora_on_smollm2(smollm2):
     answers = [" Their green pigment breaks down, so other colours show.", " They like it."]
     rows = [prompt + tokenizer(answer).input_ids for answer in answers]
     batch = pad_rows(rows, [len(prompt)] * 2, "right")
-    model = qlora(load(smollm2, four_bits()), "non-reentrant", r=8)
+    model = qlora(load(smollm2, four_bits()), r=8)
     runs = {}
     for compute in (torch.float32, torch.bfloat16):
         for layer in layers(model):
             layer.compute_dtype = compute
         runs[compute, "rows"] = run(model, batch, use_cache=False)
-        with enable_prefix_sharing(model) as sharing:
+        with enable_prefix_sharing(model, verify=compute == torch.float32) as sharing:
             runs[compute, "shared"] = run(model, batch, use_cache=False)
         assert (sharing.stats.calls, sharing.stats.bypassed) == (1, {})
     truth = runs[torch.float32, "rows"]
@@ -221,3 +242,15 @@ def distance(got, want):
     """Of log-probs and of gradients, as one vector each."""
     gradients = sum((got[1][n] - gradient).square().sum() for n, gradient in want[1].items())
     return (got[0] - want[0]).norm().item(), gradients.sqrt().item()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recipe_in_the_docs_runs(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    if not torch.cuda.is_available():
+        block = block.replace("bf16=True,", "bf16=True, use_cpu=True,")
+    names = {"path": folder, "dataset": preference_pairs(4), "tokenizer": tiny_tokenizer()}
+    exec(block, names)
+    assert names["trainer"].state.global_step > 0
