@@ -15,7 +15,7 @@ from hf_prefix_patch.versions import check_loaded
 
 SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
-_TOKENWISE_LAYER_TYPES = {"moe"}  # layers of experts alone
+_TOKENWISE_LAYER_TYPES = {"mlp", "moe"}  # layers without attention
 # Method of embeddings whose positions depend on which ids are padding, as RoBERTa's.
 _COUNTS_IDS = "create_position_ids_from_input_ids"
 
