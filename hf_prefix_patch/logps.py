@@ -16,6 +16,7 @@ from hf_prefix_patch.columns import REFERENCE_LOGPS
 from hf_prefix_patch.head import linear_logps
 from hf_prefix_patch.hooks import patch_of
 from hf_prefix_patch.packed import LOSS_INPUTS, is_packed
+from hf_prefix_patch.passenger import Seat, alight, board
 from hf_prefix_patch.wrappers import backbone_of, called_module, unwrap
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "labels", *LOSS_INPUTS, *REFERENCE_LOGPS}
@@ -156,8 +157,7 @@ class _HeadCall:
 
     The log-probs are computed where the head is called, when wrappers have its weights in place. By
     what a head returns wrappers know when backward needs the weights again (FSDP2, ZeRO-3), so the
-    log-probs go past them with its output: the first hook after the head puts them there, the last
-    one takes them.
+    log-probs go past their hooks with it: they board it in the first hook, and alight in the last.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, head: nn.Module, tokens: _Tokens) -> None:
@@ -165,6 +165,7 @@ class _HeadCall:
         self._options = logit_options(causal_lm.config)
         self._cells = 0  # hidden states of the call
         self._logps: Tensor | None = None
+        self._seat: Seat = []
         self._raw: Tensor | None = None  # what the head made of the few that it was given
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -208,15 +209,14 @@ class _HeadCall:
         """Whether the head's logits have not been compared with the model's."""
         return _compared.get(self._head) != self._options
 
-    def _first_after_head(self, head: nn.Module, args: Any, output: Tensor) -> tuple[Any, ...]:
-        return output, self._logps
+    def _first_after_head(self, head: nn.Module, args: Any, output: Tensor) -> Tensor:
+        assert self._logps is not None
+        return board(output, self._logps, self._seat)
 
-    def _last_after_head(self, head: nn.Module, args: Any, output: tuple[Tensor, ...]) -> Tensor:
-        logits, logps = output
-        if self._logps is not None and logps.dtype == self._logps.dtype:
-            self._logps = logps  # else a policy has rounded what the head returns
-        self._raw = logits.detach()
-        return logits
+    def _last_after_head(self, head: nn.Module, args: Any, output: Tensor) -> None:
+        assert self._logps is not None
+        self._logps = alight(output, self._logps, self._seat)
+        self._raw = output.detach()
 
     def _after_model(self, called: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         if self._logps is None or self._raw is None:

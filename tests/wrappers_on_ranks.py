@@ -42,10 +42,6 @@ def replicate(model: nn.Module, **options: Any) -> nn.Module:
     return DistributedDataParallel(model, **options)
 
 
-def replicate_compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(DistributedDataParallel(model), backend="eager")
-
-
 def shard(
     model: nn.Module,
     dtype: torch.dtype | None = None,
@@ -137,7 +133,6 @@ CASES = {
     ),
     "ddp-one-rank-shares": Case(replicate, alone=True),
     "ddp-no-sync": Case(replicate, alone=True, accumulate=True),
-    "ddp-compiled": Case(replicate_compiled),
     "fsdp2": Case(shard, checkpointing=False),
     "fsdp2-lora": Case(shard, lora=True, checkpointing=False, alone=True),
     "fsdp2-one-rank-shares": Case(lambda m: shard(m, stack=True), alone=True, accumulate=True),
