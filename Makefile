@@ -7,8 +7,8 @@ READY := $(VENV)/.ready
 # Older releases, each a file in constraints/, and the tests that run with them.
 OLDER := trl-0.18 trl-0.24
 CORE := $(addprefix tests/test_,$(addsuffix .py, \
-	attention collator head logps packed parity patch peft planned sampler sdpa selection \
-	support tokenization trainer tree trl varlen verify versions))
+	attention collator logps packed parity patch peft planned sampler selection support \
+	tokenization trainer tree trl varlen verify versions))
 
 .PHONY: demo test test-versions lint format bench models clean
 

@@ -209,6 +209,41 @@ def test_padding_free_rows_are_bypassed(llama, tmp_path, lora):
     assert got.handle.stats.bypassed == {"several documents in a row": 6}
 
 
+class FusedLoss(torch.nn.Module):
+    """What TRL takes from Liger's `LigerFusedLinearDPOLoss`, which does not import without triton:
+    the sigmoid loss from the hidden states that predict the labels, and no gradient for those of
+    the reference."""
+
+    def __init__(self, ignore_index, beta, **options):
+        super().__init__()
+        self.ignored, self.beta = ignore_index, beta
+
+    def forward(self, weight, hidden, labels, bias, ref_input, ref_weight, ref_bias):
+        logits, ref_logits = hidden @ weight.T, ref_input.detach() @ ref_weight.detach().T
+        logps, ref_logps = (self.sums(x, labels).chunk(2) for x in (logits, ref_logits))
+        chosen, rejected = (self.beta * (a - b) for a, b in zip(logps, ref_logps, strict=True))
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+        nothing = torch.zeros(())
+        return loss, (*logps, nothing, nothing, nothing, chosen, rejected)
+
+    def sums(self, logits, labels):
+        real = labels != self.ignored
+        logps = logits.log_softmax(-1).gather(2, labels.where(real, 0)[..., None])[..., 0]
+        return (logps * real).sum(1)
+
+
+@pytest.mark.needs(trl=">=0.19,<0.29")
+@by_method
+@pytest.mark.parametrize("keep", [False, True])
+def test_fused_loss(llama, tmp_path, monkeypatch, lora, keep):
+    """The trainer calls the decoder stacks itself, and hands them an argument for the head."""
+    home = "trl.trainer.dpo_trainer"
+    monkeypatch.setattr(f"{home}.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(f"{home}.LigerFusedLinearDPOLoss", FusedLoss, raising=False)
+    options = {"use_liger_loss": True, "use_logits_to_keep": keep}
+    assert_same_training(llama, tmp_path, lora=lora, **options)
+
+
 @joined
 def test_a_collator_that_the_trainer_cannot_use_is_refused(llama, tmp_path):
     trainer = build_trainer(load(llama), tmp_path)
