@@ -31,7 +31,11 @@ from hf_prefix_patch import disable_prefix_sharing, enable_prefix_sharing
 from hf_prefix_patch.hooks import patch_of
 
 # Reentrant checkpointing says so of every forward without gradients.
-pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
+    # Of PEFT 0.15, about a model that has no folder to look into.
+    pytest.mark.filterwarnings("ignore:Could not find a config file in :UserWarning"),
+]
 
 PROMPT_LEARNING = {
     "prompt": (PromptTuningConfig, {}),
@@ -150,8 +154,6 @@ def train(model, batch, steps=3):
         optimizer.step()
 
 
-# Of PEFT 0.15, about a model that has no folder to look into.
-@pytest.mark.filterwarnings("ignore:Could not find a config file in :UserWarning")
 def test_adapter_of_a_shared_run_is_an_ordinary_adapter(tmp_path):
     batch, start = preference_batch(), logits_of(lora_model(), preference_batch())
     unshared, shared = lora_model(), lora_model()

@@ -91,7 +91,7 @@ def test_what_is_not_loaded_is_not_looked_at(monkeypatch):
     ],
 )
 def test_what_differs(monkeypatch, release, resolved, mark):
-    monkeypatch.setattr(transformers, "__version__", release)
+    monkeypatch.setattr("transformers.__version__", release)
     found = SimpleNamespace(**runpy.run_path(versions.__file__))
     assert resolved == found.FLASH_IS_RESOLVED
     assert found.QUANTIZED[0] == mark
