@@ -58,10 +58,12 @@ def _modules_of(trainer: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def autocast_of(trainer: Any, device: torch.device) -> AbstractContextManager[Any]:
     """The autocast that the trainer runs its models under, for a model on `device`."""
-    bf16, fp16 = (getattr(trainer.args, name, False) for name in ("bf16", "fp16"))
-    if not (bf16 or fp16) or not torch.amp.is_autocast_available(device.type):
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    # Not the trainer's arguments: a launcher may have said so instead.
+    dtype = dtypes.get(trainer.accelerator.mixed_precision)
+    if dtype is None or not torch.amp.is_autocast_available(device.type):
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if bf16 else torch.float16)
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
