@@ -136,7 +136,7 @@ class BackbonePatch:
             "use_cache": False,
             "tree_backend": chosen.backend,
             "tree_seen": seen,
-            "tree_rows": None if packed else tree,
+            "tree_rows": None if packed else _Rows(tree),
         }
         if self.recurrence is not None:
             arguments["tree_recurrence"] = self.recurrence
@@ -234,8 +234,16 @@ def unpack_rows(
     backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     """Forward hook: give everything that the decoder stack returns back as rows."""
-    tree = kwargs.get("tree_rows")
-    return output if tree is None else _unpack_output(tree, output)
+    rows: _Rows | None = kwargs.get("tree_rows")
+    return output if rows is None else _unpack_output(rows.tree, output)
+
+
+class _Rows:
+    """Takes the tree from hook to hook through the layers, which have no use for it: compiled code
+    looks into a dataclass (torch 2.11), and is made anew for trees of another size."""
+
+    def __init__(self, tree: PrefixTree) -> None:
+        self.tree = tree
 
 
 def _unpack_output(tree: PrefixTree, output: Any) -> Any:

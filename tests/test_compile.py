@@ -176,7 +176,7 @@ emulated_varlen.register_autograd(_differentiate, setup_context=_keep)
 def test_compiled_varlen(monkeypatch):
     """The calls of torch_varlen compile like those of sdpa; an opaque emulator is the kernel."""
 
-    def varlen_attn(*args, scale, window_size, enable_gqa):
+    def varlen_attn(*args, scale, window_size, enable_gqa=False):
         return emulated_varlen(*args, scale, window_size[0])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)

@@ -118,11 +118,16 @@ def pins(path):
 
 
 def test_the_oldest_of_each_package_is_pinned_somewhere():
-    """The floors of pyproject.toml are what `make test-versions` installs."""
+    """The floors of pyproject.toml are what `make test-versions` installs.
+
+    But for torch: of its older releases, pip has CUDA builds of gigabytes alone.
+    """
     files = [ROOT / "constraints.txt", *(ROOT / "constraints").glob("*.txt")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = project["dependencies"] + project["optional-dependencies"]["trl"]
     for package, floor in (line.split(">=") for line in asked):
+        if package == "torch":
+            continue
         oldest = min(versions.release(pins(path)[package]) for path in files)
         assert oldest == versions.release(floor), package
 

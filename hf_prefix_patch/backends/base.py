@@ -137,7 +137,8 @@ def as_blocks(flat: Tensor) -> list[list[int]]:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast makes of fp32 on a device; None where it is off or unknown (meta)."""
-    known = torch.amp.is_autocast_available(device.type)
+    # Compiled code has no such device, and torch 2.11 cannot trace the question.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     on = known and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
 
