@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.composite import decoder_of
+from hf_prefix_patch.composite import decoder_of, pack_embeddings
 from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
 from hf_prefix_patch.support import check_model
 from hf_prefix_patch.trainer import autocast_of
@@ -46,6 +46,7 @@ def share_model(
     model = unwrap(module)
     backbone = backbone_of(model)
     check_model(model, decoder_of(backbone))
+    _check_other_patch(backbone)
     with ExitStack() as mine:
         patch = patch_of(backbone)
         if patch is None:
@@ -53,6 +54,7 @@ def share_model(
             patch = BackbonePatch(backbone, backend, on_bypass)
         else:
             mine.callback(patch.configure, patch.backend, patch.on_bypass, patch.cache_by_default)
+            mine.callback(setattr, patch, "last", patch.last)
         # Nobody goes on from the cache of a classifier, and a trainer that calls a model beside its
         # policy reads the outputs alone.
         classifies = backbone is not model and not model.can_generate()
@@ -66,6 +68,21 @@ def share_model(
         logger.info("prefix sharing enabled on %s, backend %s", name, patch.last.backend.name)
         undo.enter_context(mine.pop_all())
     return backbone
+
+
+def _check_other_patch(backbone: PreTrainedModel) -> None:
+    """Refuse to patch a text decoder and the composite around it both."""
+    decoder, name = decoder_of(backbone), type(backbone).__name__
+    if decoder is not backbone and patch_of(decoder) is not None:
+        raise RuntimeError(
+            f"the text decoder of this {name} is shared by itself already; call "
+            "disable_prefix_sharing on the decoder first"
+        )
+    if pack_embeddings in backbone._forward_pre_hooks.values() and decoder is backbone:
+        raise RuntimeError(
+            f"this {name} is shared already, as the text decoder of a composite; call "
+            "disable_prefix_sharing on the composite first, or leave it at that"
+        )
 
 
 def _restore(backbone: PreTrainedModel) -> None:

@@ -64,6 +64,11 @@ def prefix_sharing_attention(
     seen = kwargs.get("tree_seen")
     if seen is not None and not torch.compiler.is_compiling():
         seen.note(value)
+    if query.shape[2] != key.shape[2]:
+        raise NotImplementedError(
+            f"{type(module).__name__} attends with {query.shape[2]} of the {key.shape[2]} packed "
+            "tokens, but shared attention needs all of them; leave out logits_to_keep"
+        )
     _check_call(module, backend, attention_mask, dropout, kwargs)
     output = backend.attend(
         module,

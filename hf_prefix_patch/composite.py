@@ -17,7 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from hf_prefix_patch.packed import by_name, untraced
 from hf_prefix_patch.plans import Plan
-from hf_prefix_patch.support import TOKEN_TYPES, refusal
+from hf_prefix_patch.support import PASSED_THROUGH, TOKEN_TYPES, passes_through, refusal
 from hf_prefix_patch.tree import PrefixTree
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ class PlannedCall:
                 return inputs, f"{name} that differ between rows"
         result = dict(inputs)
         for name, x in inputs.items():
+            if name in PASSED_THROUGH and not (x is None or passes_through(decoder, name, x)):
+                return inputs, f"input {name!r} of the text decoder"
             if name in ("attention_mask", CALL) or not isinstance(x, Tensor | list | tuple):
                 continue
             if isinstance(x, Tensor) and name == "position_ids":

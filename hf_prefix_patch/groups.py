@@ -99,6 +99,9 @@ def group_rows(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         batches: each with `prompt_ids` `[B, P]`, padded alike, and further tensors and lists of
             `B` rows; what is None or a scalar belongs to all rows.
 
+    Raises:
+        ValueError: something else, such as the images of a vision-language model.
+
     Example:
         >>> rows = torch.tensor([[5], [6], [5], [6]])
         >>> first, second = group_rows([{"prompt_ids": rows[:2]}, {"prompt_ids": rows[2:]}])
@@ -109,20 +112,36 @@ def group_rows(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     order = torch.unique(prompts, dim=0, return_inverse=True)[1].argsort(stable=True)
     sizes = [len(batch["prompt_ids"]) for batch in batches]
     by_name = {
-        name: _reorder([batch[name] for batch in batches], order, sizes) for name in batches[0]
+        name: _reorder(name, [batch[name] for batch in batches], order, sizes)
+        for name in batches[0]
     }
     return [{name: pieces[i] for name, pieces in by_name.items()} for i in range(len(batches))]
 
 
-def _reorder(pieces: Sequence[Any], order: Tensor, sizes: Sequence[int]) -> Sequence[Any]:
+def _reorder(
+    name: str, pieces: Sequence[Any], order: Tensor, sizes: Sequence[int]
+) -> Sequence[Any]:
     first = pieces[0]
-    if first is None or (isinstance(first, Tensor) and first.ndim == 0):
+    if all(piece is None for piece in pieces) or _is_scalar(first):
         return pieces
+    rows = [len(x) if isinstance(x, Tensor | list | tuple) else None for x in pieces]
+    # TRL tells how many images each row has; with one each, they are in the order of the rows.
+    images = name == "num_images" and any(n != 1 for piece in pieces for n in piece)
+    if rows != list(sizes) or images:
+        given = [list(piece) for piece in pieces] if images else rows
+        raise ValueError(
+            f"keep_groups=True moves rows between micro-batches of {list(sizes)} rows, but {name} "
+            f"holds {given}, of which it is not known what belongs to which row; leave it out"
+        )
     if isinstance(first, Tensor):
         return torch.split(torch.cat(list(pieces))[order], list(sizes))
-    rows = [row for piece in pieces for row in piece]
-    moved = iter(rows[i] for i in order.tolist())
+    flat = [row for piece in pieces for row in piece]
+    moved = iter(flat[i] for i in order.tolist())
     return [[next(moved) for _ in range(size)] for size in sizes]
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, int | float | str) or (isinstance(x, Tensor) and x.ndim == 0)
 
 
 def _micro_batches_together(trainer: Any) -> int:

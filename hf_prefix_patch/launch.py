@@ -177,8 +177,10 @@ def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) 
     if absent is not None:
         warnings.warn(_unverified(name, absent), stacklevel=2)
         return
+    cache_by_default = patch.cache_by_default  # the head is not seen from here
     try:
         enable_prefix_sharing(backbone, backend=patch.backend, on_bypass=patch.on_bypass)
+        patch.cache_by_default = cache_by_default
     except _REFUSALS as refusal:
         patch.stats.bypassed[str(refusal)] += 1
         disable_prefix_sharing(backbone)

@@ -153,8 +153,9 @@ def enable_prefix_sharing(
             exceeds `max_tokens_per_batch`, or `keep_groups` where there is nothing to keep.
         NotImplementedError: a model, an adapter or a trainer option that cannot be shared exactly,
             or a named backend that cannot serve this model where it is.
-        RuntimeError: the verification found a difference, or the backend's kernel computes wrong
-            results on this device.
+        RuntimeError: the verification found a difference or could not look for one, the backend's
+            kernel computes wrong results on this device, or a text decoder would be patched by
+            itself and with the composite around it.
 
     Example:
         >>> import torch

@@ -27,7 +27,7 @@ _KNOWN_INPUTS |= {"use_cache", "output_attentions", "output_hidden_states", "out
 _KNOWN_INPUTS |= {"return_dict", "labels", "shift_labels", "num_items_in_batch"}
 # What trainers and heads hand a decoder stack although it is for the head or the loss. A stack that
 # has a parameter of this name reads it (Gemma 4 computes some layers for `logits_to_keep` alone).
-_PASSED_THROUGH = {"logits_to_keep", "margin"}
+PASSED_THROUGH = {"logits_to_keep", "margin"}
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """What composite models are told of their tokens: whether they stand for text or for an image."""
@@ -248,7 +248,7 @@ def _bypass_reasons(
     if config is not backbone.config:
         known = known.union(TOKEN_TYPES, _options(backbone, inputs))
     for name, x in inputs.items():
-        if name not in known and x is not None and not _passes_through(backbone, name, x):
+        if name not in known and x is not None and not passes_through(backbone, name, x):
             yield f"input {name!r}"
     if not _is_causal(config):
         yield "bidirectional attention"
@@ -261,10 +261,11 @@ def _bypass_reasons(
         yield "context parallel"
 
 
-def _passes_through(backbone: PreTrainedModel, name: str, value: Any) -> bool:
-    reads = name in inspect.signature(backbone.forward).parameters
+def passes_through(stack: PreTrainedModel, name: str, value: Any) -> bool:
+    """Whether an argument is for the head or the loss, and this stack does not read it."""
+    reads = name in inspect.signature(stack.forward).parameters
     keeps_all = isinstance(value, int) and value == 0  # what heads of Gemma 4 hand on by default
-    return name in _PASSED_THROUGH and (not reads or keeps_all)
+    return name in PASSED_THROUGH and (not reads or keeps_all)
 
 
 def _options(composite: PreTrainedModel, inputs: dict[str, Any]) -> set[str]:

@@ -34,15 +34,17 @@ def is_trainer(target: Any) -> bool:
 
 def other_models_of(trainer: Any, policy: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """The models that a trainer holds beside its policy, and where: a reference model, a teacher,
-    models among the reward functions. Each comes once, in its wrappers; without a trainer, none."""
-    seen = {id(policy)}
+    models among the reward functions. Each decoder stack comes once, in
+    its wrappers; without a trainer, none."""
+    seen = {id(backbone_of(policy))}
     for name, module in [] if trainer is None else _modules_of(trainer):
         try:
             model = unwrap(module, check=False)
         except TypeError:  # a module of the user's own
             continue
-        if id(model) not in seen:
-            seen.add(id(model))
+        stack = id(backbone_of(model))
+        if stack not in seen:
+            seen.add(stack)
             yield name, module
 
 

@@ -68,6 +68,12 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     ):
         unshared = calls.hidden(ids, mask, use_cache=True)  # a cache is always bypassed
         moved = calls.hidden(F.pad(ids, (1, 0)), F.pad(mask, (1, 0)), use_cache=True)[:, 1:]
+        if calls.seen is not None:
+            raise RuntimeError(
+                f"sharing cannot be verified: {type(called).__name__} does not hand use_cache=True "
+                "on to its model, so no call of it runs unshared; pass the model inside, or "
+                "verify=False"
+            )
         stats.bypassed.clear()  # of these two, which were meant to be
         shared = _shared_hidden(calls, patch, ids, mask)
         bypassed = dict(stats.bypassed)
@@ -110,9 +116,11 @@ class _Calls:
         self.seen: Seen | None = None
         self.name = type(backbone).__name__
         # A head gives the logits of one position where it can, as nobody looks at them.
-        model = unwrap(called, check=False)
-        accepted, read = (inspect.signature(x.forward).parameters for x in (model, backbone))
-        one_logit = "logits_to_keep" in accepted and "logits_to_keep" not in read
+        stacks = unwrap(called, check=False), backbone, decoder_of(backbone)
+        accepted, *read = (
+            "logits_to_keep" in inspect.signature(x.forward).parameters for x in stacks
+        )
+        one_logit = accepted and not any(read)
         self._options = {"logits_to_keep": 1} if one_logit else {}
 
     def hidden(self, ids: Tensor, mask: Tensor, use_cache: bool) -> Tensor:
