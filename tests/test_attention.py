@@ -107,3 +107,10 @@ def test_the_implementation_may_change_while_patched():
         model.set_attn_implementation("eager")
         got = model(ids, use_cache=True).logits
     assert torch.equal(got, tiny_model(attention="eager").eval()(ids, use_cache=True).logits)
+
+
+def test_attention_for_a_part_of_the_tokens_is_refused():
+    module = tiny_model().model.layers[0].self_attn
+    query, key, value = packed_inputs(PrefixTree.from_rows([[1, 2], [1, 3]]))
+    with pytest.raises(NotImplementedError, match="attends with 1 of the 3 packed tokens"):
+        prefix_sharing_attention(module, query[:, :, -1:], key, value, None, tree_backend=SDPA)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from batches import LayerTokens, assert_same_run, gradients, pad_rows, preference_batch, run
 from composites import COMPOSITES, IMAGE, image_batch, tiny_composite
+from families import sizes
 from peft import LoraConfig, get_peft_model
 from tiny_trl import SPECIAL_TOKENS, WORDS, assert_same_log, run_dpo
 from transformers.masking_utils import create_masks_for_generate
@@ -317,3 +318,47 @@ def test_dpo_of_trl_on_text(tmp_path):
     assert (trained.handle.stats.calls, trained.handle.stats.bypassed) == (6, {})
     assert trained.handle.stats.sharing_ratio > 1.5
     trained.handle.remove()
+
+
+@pytest.mark.parametrize("order", ["decoder first", "composite first"])
+def test_a_decoder_and_its_composite_are_not_patched_both(order):
+    model, batch = tiny_composite("llava"), text_batch()
+    pair = [model.model.language_model, model]
+    first, second = pair if order == "decoder first" else pair[::-1]
+    want = run(model, batch)
+    sharing = enable_prefix_sharing(first)
+    with pytest.raises(RuntimeError, match=r"shared (by itself )?already.*; call disable_prefix"):
+        enable_prefix_sharing(second)
+    sharing.remove()
+    with enable_prefix_sharing(second):
+        pass
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert torch.equal(run(model, batch)[0], want[0])
+
+
+@pytest.mark.needs(transformers=">=5.15")
+def test_logits_to_keep_that_the_decoder_of_a_composite_reads():
+    """Some layers of Gemma 4 run on the last tokens alone. That kills the process where a packed
+    row comes in, so neither a call nor the verification may ask for it."""
+    text = {
+        **sizes(),
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 5,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 50,
+    }
+    ids = {"image_token_id": IMAGE, "video_token_id": 48, "audio_token_id": 47}
+    config = transformers.Gemma4Config(
+        text_config=text, vision_config=None, audio_config=None, **ids
+    )
+    torch.manual_seed(0)
+    model, batch = transformers.Gemma4ForConditionalGeneration(config).train(), text_batch()
+    want, few = run(model, batch), model(**batch.inputs, logits_to_keep=4).logits
+    with enable_prefix_sharing(model, on_bypass="ignore") as sharing:
+        assert torch.equal(model(**batch.inputs, logits_to_keep=4).logits, few)
+        assert sharing.stats.bypassed == {"input 'logits_to_keep' of the text decoder": 1}
+        assert_same_run(run(model, batch), want, of_model=True)
+    assert sharing.stats.calls == 1

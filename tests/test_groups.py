@@ -45,6 +45,32 @@ def test_rows_are_sorted_by_prompt():
         assert (got["count"].item(), got["nothing"]) == (4, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "given"),
+    [
+        ("pixel_values", [torch.zeros(5, 3), torch.zeros(3, 3)], r"pixel_values holds \[5, 3\]"),
+        ("num_images", [[2, 0], [1, 1]], r"num_images holds \[\[2, 0\], \[1, 1\]\]"),
+        ("names", [["a"], ["b", "c"]], r"names holds \[1, 2\]"),
+        ("some", [None, torch.zeros(2)], r"some holds \[None, 2\]"),
+        ("other", [{"a": 1}, {"b": 2}], r"other holds \[None, None\]"),
+    ],
+)
+def test_what_is_not_one_for_each_row_is_refused(name, values, given):
+    """Images of a vision-language model, in numbers that may sum up to that of the rows."""
+    batches = [batch(1, 2) | {name: values[0]}, batch(2, 1) | {name: values[1]}]
+    with pytest.raises(
+        ValueError, match=f"micro-batches of \\[2, 2\\] rows, but {given}, of which"
+    ):
+        group_rows(batches)
+
+
+def test_scalars_and_one_image_a_row():
+    images = {"scale": 0.5, "num_images": [1, 1]}
+    first, second = group_rows([batch(1, 2) | images, batch(2, 1) | images])
+    assert (first["scale"], first["num_images"]) == (0.5, [1, 1])
+    assert second["prompt_ids"][:, 0].tolist() == [2, 2]
+
+
 class Dealer:
     """Deals out micro-batches as GRPO does: a new generation every `steps_per_generation` steps."""
 

@@ -34,6 +34,7 @@ from transformers import (
     AutoModel,
     BertConfig,
     BertForSequenceClassification,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -177,6 +178,15 @@ def test_model_in_a_loop_of_ones_own(launched, llama):
     assert stats.packed_tokens < stats.row_tokens
     for got, want in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_classifier_is_shared_in_evaluation_after_its_verification_too(launched, llama):
+    """Nobody goes on from its cache; its head shows that, which the hook does not see."""
+    launched()
+    model = LlamaForSequenceClassification.from_pretrained(llama, num_labels=1).eval()
+    for _ in range(2):
+        model(input_ids=rows()["input_ids"])
+    assert (stats_of(model).calls, stats_of(model).bypassed) == (2, {})
 
 
 def test_loading_info_comes_back(launched, llama):

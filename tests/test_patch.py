@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_prefix_patch import (
     PrefixTree,
     SharingStats,
+    attach,
     disable_prefix_sharing,
     enable_prefix_sharing,
     hooks,
@@ -87,6 +88,23 @@ def test_the_model_keeps_its_config_while_patched():
         assert model.config.to_dict() == config
         assert model.config._attn_implementation == "sdpa"
         assert list(model.state_dict()) == keys
+
+
+def test_enabling_again_in_vain_changes_nothing(monkeypatch):
+    model = tiny_model()
+    enable_prefix_sharing(model)
+    patch = model.model._prefix_sharing
+    before = patch.backend, patch.on_bypass, patch.cache_by_default
+    last = patch.last
+
+    def fail(*args):
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(attach, "verify_sharing", fail)
+    with pytest.raises(RuntimeError, match="not today"):
+        enable_prefix_sharing(model, backend="sdpa", on_bypass="ignore")
+    assert (patch.backend, patch.on_bypass, patch.cache_by_default) == before
+    assert patch.last is last  # what the handle tells of
 
 
 def test_enabling_twice_is_enabling_once():

@@ -2,8 +2,11 @@
 
 from types import SimpleNamespace
 
+from families import tiny_model
+from transformers import LlamaForSequenceClassification
+
 from hf_prefix_patch import SharingStats
-from hf_prefix_patch.trainer import TrainerPatch
+from hf_prefix_patch.trainer import TrainerPatch, other_models_of
 
 
 def test_a_log_of_the_users_own_is_called_and_put_back():
@@ -23,3 +26,12 @@ def test_a_log_of_the_users_own_is_called_and_put_back():
     patch.remove()
     assert trainer.log is theirs
     assert vars(trainer).keys() == {"log", "model", "data_collator"}
+
+
+def test_two_heads_on_one_stack_are_one_model():
+    """A reward model on the policy's stack: one patch, options of the policy, counted once."""
+    policy = tiny_model()
+    reward = LlamaForSequenceClassification(policy.config)
+    reward.model = policy.model
+    trainer = SimpleNamespace(model=policy, ref_model=tiny_model(), reward_funcs=[len, reward])
+    assert list(other_models_of(trainer, policy)) == [("ref_model", trainer.ref_model)]

@@ -144,3 +144,21 @@ def test_weights_on_the_meta_device():
     with pytest.raises(RuntimeError, match="meta device"):
         enable_prefix_sharing(model)
     assert not model.model._forward_pre_hooks
+
+
+def test_a_wrapper_whose_calls_are_all_shared_cannot_be_verified():
+    """Shared against shared would agree whatever is wrong."""
+
+    class Cacheless(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, input_ids, attention_mask, **options):
+            return self.module(input_ids, attention_mask, use_cache=False)
+
+    model = tiny_model()
+    model.model.layers[0].register_forward_hook(lambda layer, args, out: out + out.roll(1, 1))
+    with pytest.raises(RuntimeError, match="Cacheless does not hand use_cache=True on"):
+        enable_prefix_sharing(Cacheless(model))
+    assert not model.model._forward_pre_hooks
