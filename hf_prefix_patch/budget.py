@@ -52,7 +52,14 @@ class TokenBudget:
             "progress": not args.disable_tqdm,
         }
         options = ours | dict(options)
-        self.sampler = PrefixSharingBatchSampler(trainer.train_dataset, max_tokens, **options)
+        try:
+            self.sampler = PrefixSharingBatchSampler(trainer.train_dataset, max_tokens, **options)
+        except ValueError as error:
+            error.add_note(
+                "In a trainer max_tokens is max_tokens_per_batch, max_length an argument of the "
+                'trainer, and the rest goes into sampler_options, as {"oversized": "skip"}'
+            )
+            raise
         self.callback = _SetEpoch(self.sampler)
         self._trainer = trainer
         self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step

@@ -9,7 +9,7 @@ import sys
 
 from hf_prefix_patch import __version__
 from hf_prefix_patch.program import run_file, run_module
-from hf_prefix_patch.switch import VARIABLE, LaunchOptions, switch_on
+from hf_prefix_patch.switch import CHOICES, VARIABLE, LaunchOptions, switch_on
 
 _RUN = f"""\
 Run a training script with prefix sharing. Models that it loads by transformers' from_pretrained
@@ -27,14 +27,25 @@ same without this command: {VARIABLE}=1 trl dpo ...
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run its command."""
+    options = parse(arguments)
+    options.command(options)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command of a command line and its options."""
     parser = argparse.ArgumentParser(
         prog="hf-prefix-patch", description="Prefix sharing for preference fine-tuning."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
-    options = parser.parse_args(arguments)
-    options.command(options)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # the outer parser would only show its own usage
+        options.parser.error(
+            f"unknown option {unknown[0]}; --help lists those of this command, and options of the "
+            "script come after it"
+        )
+    return options
 
 
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,6 +60,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("-m", "--module", action="store_true", help="SCRIPT names a module")
     parser.add_argument(
         "--backend",
+        choices=CHOICES["backend"],
         default="auto",
         metavar="NAME",
         help="attention backend: auto (default), torch_varlen, flash, sdpa or flex",
@@ -58,13 +70,13 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument(
         "--on-bypass",
-        choices=["warn", "ignore", "raise"],
+        choices=CHOICES["on_bypass"],
         default="warn",
         help="what a training call that cannot be shared does beside running unshared",
     )
     parser.add_argument(
         "--on-refusal",
-        choices=["raise", "warn"],
+        choices=CHOICES["on_refusal"],
         default="raise",
         help="what a trainer whose model cannot be shared does: raise (default), or warn and train "
         "unshared; models that no trainer takes always warn",

@@ -35,6 +35,7 @@ from hf_prefix_patch.selection import (
 )
 from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.support import (
+    ADVICE,
     CACHE_BY_DEFAULT,
     bypass_reason,
     is_attention,
@@ -147,17 +148,13 @@ class BackbonePatch:
         self.stats.bypassed[reason] += 1
         if reason == NOTHING_TO_GAIN or not (training or reason == CACHE_BY_DEFAULT):
             return
-        message = f"prefix sharing is bypassed: {reason}. " + (
-            "A call outside training asks for a cache by the config's default; "
-            "pass use_cache=False to share it, or set use_cache=False in the model's config."
-            if reason == CACHE_BY_DEFAULT
-            else "The call runs as without sharing; see docs/limits.md for what can be shared."
-        )
+        advice = ADVICE.get(reason, "see the table of bypassed calls in docs/limits.md")
+        message = f"prefix sharing is bypassed: {reason}. To share such a call, {advice}."
         if self.on_bypass == "raise":
             raise RuntimeError(message)
         if self.on_bypass == "warn" and reason not in self.warned:
             self.warned.add(reason)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(f"{message} It runs as without sharing.", stacklevel=2)
 
     def watch(self, tree: PrefixTree | None) -> None:
         """Say so when the first training calls share nothing."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
 from hf_prefix_patch.patch import check_options, disable_prefix_sharing, enable_prefix_sharing
+from hf_prefix_patch.support import REFUSED
 from hf_prefix_patch.switch import LaunchOptions
 from hf_prefix_patch.wrappers import backbone_of, device_of, unwrap
 
@@ -128,8 +129,9 @@ class Launch:
         seen.remark = remark
 
     def _leave(self, name: str, refusal: Exception) -> None:
-        self._seen.append(_Seen(name, None, str(refusal)))
-        warnings.warn(f"{name} runs without prefix sharing: {refusal}", stacklevel=4)
+        reason = str(refusal).removeprefix(REFUSED)
+        self._seen.append(_Seen(name, None, reason))
+        warnings.warn(f"{name} runs without prefix sharing: {reason}", stacklevel=4)
 
     def off(self) -> None:
         """Say nothing at the end of the process."""
@@ -221,6 +223,8 @@ def _line(seen: _Seen) -> str:
     if seen.patch is None:
         return f"{seen.name}: not shared: {seen.remark}"
     stats, remark = seen.patch.stats, f" ({seen.remark})" if seen.remark else ""
+    if not stats.calls and not stats.bypassed:
+        return f"{seen.name}{remark}: not called while sharing was enabled"
     reasons = ", ".join(f"{reason} ({n})" for reason, n in stats.bypassed.items()) or "none"
     return (
         f"{seen.name}{remark}: {stats.row_tokens} tokens in rows, {stats.packed_tokens} packed, "

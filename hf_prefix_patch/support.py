@@ -19,7 +19,24 @@ _TOKENWISE_LAYER_TYPES = {"mlp", "moe"}  # layers without attention
 # Method of embeddings whose positions depend on which ids are padding, as RoBERTa's.
 _COUNTS_IDS = "create_position_ids_from_input_ids"
 
+REFUSED = "prefix sharing refused: "
 CACHE_BY_DEFAULT = "key/value cache by default"
+
+ADVICE = {
+    CACHE_BY_DEFAULT: "pass use_cache=False, or set it in the model's config, which asks for a "
+    "cache outside training",
+    "key/value cache": "pass use_cache=False, unless the call generates",
+    "inputs_embeds": "pass input_ids, which sharing compares; prompt learning of PEFT cannot be "
+    "shared",
+    "attention mask that is not [rows, length]": "pass the padding mask, ones and zeros",
+    "attention mask with holes": "remove the tokens that are masked inside of rows",
+    "position_ids that are not [rows, length]": "pass integers of the shape of input_ids",
+    "position_ids that are not integers": "pass integers of the shape of input_ids",
+    "several documents in a row": "give each document a row of its own (padding_free=False)",
+    "output_attentions": "ask for attention weights in a separate call",
+    "NEFTune": "set neftune_noise_alpha=None",
+}
+"""What to do about calls that are bypassed, by reason; docs/limits.md has all."""
 
 # Inputs of a decoder stack that sharing understands, or that do not change its hidden states.
 _KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"}
@@ -317,4 +334,4 @@ def _context_parallel() -> bool:
 
 def refusal(what: str, has: str, need: str) -> NotImplementedError:
     """What is refused, why, and what sharing needs or the user can do."""
-    return NotImplementedError(f"prefix sharing refused: {what} {has}; {need}")
+    return NotImplementedError(f"{REFUSED}{what} {has}; {need}")

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from hf_prefix_patch.launch import Launch
 
 VARIABLE = "HF_PREFIX_PATCH"
+CHOICES = {
+    "backend": ("auto", "flash", "flex", "sdpa", "torch_varlen"),
+    "on_bypass": ("warn", "ignore", "raise"),
+    "on_refusal": ("raise", "warn"),
+}
+"""Values of options that take one of a few names; a wrong one is found before any model is."""
+
 _ABSENT = object()
 
 
@@ -46,7 +53,7 @@ class LaunchOptions:
         """From the value of the environment variable: `1`, or a JSON object of options.
 
         Raises:
-            ValueError: it is neither, or names an unknown option or a value of the wrong type.
+            ValueError: it is neither, or names an unknown option or a value that it does not take.
         """
         try:
             given = json.loads(text)
@@ -71,11 +78,11 @@ class LaunchOptions:
                     f"{VARIABLE} sets {name} to {value!r}, but must set it to a value of type "
                     f"{getattr(kind, '__name__', kind)}, as in {example}"
                 )
-        if given.get("on_refusal", "raise") not in ("raise", "warn"):
-            raise ValueError(
-                f"{VARIABLE} sets on_refusal to {given['on_refusal']!r}, but must set it to "
-                "'raise' or 'warn'"
-            )
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ValueError(
+                    f"{VARIABLE} sets {name} to {value!r}, but must set it to one of "
+                    f"{CHOICES[name]}"
+                )
         return cls(**given)
 
     def __str__(self) -> str:

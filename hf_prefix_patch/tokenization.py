@@ -66,7 +66,7 @@ def tokenize_preferences(
     Raises:
         FileNotFoundError: no such path, or a folder that `datasets` did not save.
         ModuleNotFoundError: a folder, but `datasets` is not installed.
-        TypeError: `data` is a mapping, or an example is none.
+        TypeError: `data` is a mapping, or an example is none; `tokenizer` is a string.
         ValueError: an option out of range; a file that is not JSONL, or a line of it not JSON; no
             example, or one that lacks chosen or rejected, mixes strings and messages, or has no
             prompt message or no token in an answer; a tokenizer without what it must have.
@@ -83,6 +83,11 @@ def tokenize_preferences(
         [{'prompt_ids': [1, 2, 1, 3], 'chosen_ids': [4, 0], 'rejected_ids': [5, 0]}]
     """
     check_truncation_mode(truncation_mode)
+    if isinstance(tokenizer, str):
+        raise TypeError(
+            f"tokenizer is {tokenizer!r}, a string, but must be a tokenizer; give "
+            "AutoTokenizer.from_pretrained of it"
+        )
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length}, but must be 1 or more, or None for no limit")
     limit = max_length if truncation_mode == "keep_start" else None

@@ -86,6 +86,13 @@ def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
             "DataCollatorWithPrefixSharing, which makes rows, but the trainer joins prompts and "
             "completions to rows itself; leave data_collator out"
         )
+    collator = trainer.data_collator
+    if type(trainer).__module__.startswith("trl.") and getattr(collator, "layout", "") == "packed":
+        raise ValueError(
+            f"the data_collator of this {type(trainer).__name__} has layout='packed', but TRL "
+            "computes losses from rows; use layout='rows', and max_tokens_per_batch for batches by "
+            "token budget"
+        )
     args = trainer.args
     if getattr(args, "neftune_noise_alpha", None) is not None:
         raise NotImplementedError(

@@ -29,9 +29,13 @@ def unwrap(target: Any, check: bool = True) -> PreTrainedModel:
         inner = inner.base_model.model if mixed else inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
-            f"target is a {type(target).__name__}, but a transformers PreTrainedModel, a "
-            "wrapper of one (PEFT, DDP, FSDP, torch.compile) or a Trainer is needed; load a "
-            "model that is given as a string first"
+            f"target is {_in_words(target)}, but a transformers PreTrainedModel, a wrapper of one "
+            "(PEFT, DDP, FSDP, torch.compile) or a Trainer is needed; "
+            + (
+                "load it first, or run the script under `hf-prefix-patch run`, which takes paths"
+                if isinstance(target, str)
+                else "pass one of these, such as the model that it holds"
+            )
         )
     if check and getattr(inner, "peft_config", None):  # of model.add_adapter
         check_peft(inner)
@@ -82,6 +86,14 @@ def device_of(model: nn.Module) -> torch.device:
         if found is not None:
             return torch.device(found)
     return device
+
+
+def _in_words(target: Any) -> str:
+    if isinstance(target, str):
+        return f"the string {target!r}"
+    if isinstance(target, type):
+        return f"the class {target.__name__}"
+    return f"a {type(target).__name__}"
 
 
 def _is_peft(x: Any) -> bool:

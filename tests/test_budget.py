@@ -314,8 +314,9 @@ def test_enabling_again_and_taking_it_off(llama, tmp_path):
     assert changed() == {"data_collator", "_prefix_sharing"}
     assert handle.sampler is None
     assert trainer.callback_handler.callbacks == callbacks
-    with pytest.raises(ValueError, match="unique tokens of 12 pairs exceed it"):
+    with pytest.raises(ValueError, match="unique tokens of 12 pairs exceed it") as refused:
         enable_prefix_sharing(trainer, max_tokens_per_batch=5)
+    assert 'sampler_options, as {"oversized": "skip"}' in refused.value.__notes__[0]
     assert changed() == {"data_collator", "_prefix_sharing"}
     assert handle.stats is not None
     disable_prefix_sharing(trainer)

@@ -362,7 +362,9 @@ def test_refused_trainer_trains_unshared_if_asked(launched, llama, tmp_path, cap
         trainer.train()
     for ours, theirs in zip(got.state.log_history, want.state.log_history, strict=True):
         assert ours.get("loss") == theirs.get("loss")
-    assert "DPOTrainer: not shared: prefix sharing refused" in summary(switch, capsys)[-1]
+    loaded, refused = summary(switch, capsys)
+    assert loaded.endswith(": not called while sharing was enabled")
+    assert "DPOTrainer: not shared: the trainer sets neftune" in refused
 
 
 def test_weights_that_are_not_here_cannot_be_verified(launched, llama, tmp_path):
@@ -450,7 +452,8 @@ def test_values_of_the_variable(text, options):
         ('{"backand": "sdpa"}', "has an option 'backand', but must have some of .*'backend'"),
         ('{"verify": 0}', "sets verify to 0, but must set it to a value of type bool"),
         ('{"max_tokens_per_batch": true}', "sets max_tokens_per_batch to True"),
-        ('{"on_refusal": "ignore"}', "sets on_refusal to 'ignore', .* 'raise' or 'warn'"),
+        ('{"on_refusal": "ignore"}', r"on_refusal to 'ignore', .* one of \('raise', 'warn'\)"),
+        ('{"backend": "flash2"}', r"sets backend to 'flash2', .* one of \('auto', 'flash'"),
     ],
 )
 def test_bad_values_of_the_variable(text, message):
@@ -545,6 +548,10 @@ def test_command_line(tmp_path):
         python(*program, "--version").stdout == f"hf-prefix-patch {hf_prefix_patch.__version__}\n"
     )
     assert "COMMAND" in python(*program, code=2).stderr
+    unknown = python(*program, "run", "--log-metric", "x.py", code=2).stderr
+    assert "usage: hf-prefix-patch run [options]" in unknown
+    assert "unknown option --log-metric; --help lists those of this command" in unknown
+    assert "'flash2' (choose from" in python(*program, "run", "--backend", "flash2", code=2).stderr
     missing = python(*program, "run", "nosuch.py", code=2).stderr
     assert "no file 'nosuch.py'; give a Python file" in missing
     for module in ("nosuch.module", "json"):

@@ -416,8 +416,17 @@ def test_bad_options(options, error, message):
         enable_prefix_sharing(tiny_model(), **options)
 
 
-@pytest.mark.parametrize("target", ["HuggingFaceTB/SmolLM2-135M", None, nn.Linear(2, 2)])
-def test_bad_targets(target):
+@pytest.mark.parametrize(
+    ("target", "given", "instead"),
+    [
+        ("some/name", "the string 'some/name'", "load it first, or run .* `hf-prefix-patch run`"),
+        (None, "a NoneType", "pass one of these"),
+        (nn.Linear(2, 2), "a Linear", "pass one of these"),
+        (nn.Linear, "the class Linear", "pass one of these"),
+    ],
+)
+def test_bad_targets(target, given, instead):
     for function in (enable_prefix_sharing, disable_prefix_sharing):
-        with pytest.raises(TypeError, match="a transformers PreTrainedModel, a wrapper of one"):
+        match = f"target is {given}, but a transformers PreTrainedModel, a wrapper .*; {instead}"
+        with pytest.raises(TypeError, match=match):
             function(target)

@@ -12,6 +12,8 @@ from families import tiny_model
 
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.support import (
+    ADVICE,
+    CACHE_BY_DEFAULT,
     bypass_reason,
     check_peft,
     layer_types,
@@ -138,6 +140,26 @@ BYPASSED = {
     "input 'is_causal'": {"is_causal": False},
     "input 'sliding_window'": {"sliding_window": 3},
 }
+
+
+@pytest.mark.parametrize("reason", BYPASSED)
+def test_bypassed_calls_in_training_say_what_to_do(reason):
+    attention = "eager" if reason == "output_attentions" else "sdpa"
+    model = tiny_model(attention=attention).train()
+    advice = ADVICE.get(reason, "see the table of bypassed calls in docs/limits.md")
+    batch = {**preference_batch().inputs, "use_cache": False, **BYPASSED[reason]}
+    with enable_prefix_sharing(model), pytest.warns(UserWarning, match="is bypassed") as said:
+        model(**batch)
+    (warning,) = said
+    assert str(warning.message) == (
+        f"prefix sharing is bypassed: {reason}. To share such a call, {advice}. "
+        "It runs as without sharing."
+    )
+
+
+def test_advice_is_for_reasons_that_there_are():
+    elsewhere = {CACHE_BY_DEFAULT, "position_ids that are not [rows, length]", "NEFTune"}
+    assert ADVICE.keys() - elsewhere <= BYPASSED.keys()
 
 
 @pytest.mark.parametrize("reason", BYPASSED)
@@ -274,7 +296,7 @@ def test_cache_by_default_outside_training():
     """A plain evaluation call asks for a cache by default: exact, and said once."""
     model, batch = tiny_model().eval(), preference_batch()
     with enable_prefix_sharing(model) as sharing:
-        with pytest.warns(UserWarning, match="pass use_cache=False to share it"):
+        with pytest.warns(UserWarning, match="To share such a call, pass use_cache=False"):
             output = model(**batch.inputs)
         assert output.past_key_values is not None
         with torch.no_grad():

@@ -399,6 +399,11 @@ def test_bad_examples_of_a_dataset_are_named(num_proc):
         ids(dataset, tiny_tokenizer(), num_proc=num_proc)
 
 
+def test_name_of_a_tokenizer():
+    with pytest.raises(TypeError, match="tokenizer is 'some/name', a string, but must be"):
+        ids([text()], "some/name")
+
+
 def test_examples_that_are_no_mapping(jsonl):
     with pytest.raises(TypeError, match="example 1 is a str, but must be a mapping"):
         ids([text(), "w1"], tiny_tokenizer())

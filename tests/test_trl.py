@@ -244,6 +244,15 @@ def test_fused_loss(llama, tmp_path, monkeypatch, lora, keep):
     assert_same_training(llama, tmp_path, lora=lora, **options)
 
 
+@rows
+def test_packed_rows_are_refused(llama, tmp_path):
+    trainer = build_trainer(load(llama), tmp_path)
+    trainer.data_collator = DataCollatorWithPrefixSharing(0, layout="packed")
+    with pytest.raises(ValueError, match=r"has layout='packed', but TRL .* use layout='rows'"):
+        enable_prefix_sharing(trainer)
+    assert patch_of(trainer.model.base_model) is None
+
+
 @joined
 def test_a_collator_that_the_trainer_cannot_use_is_refused(llama, tmp_path):
     trainer = build_trainer(load(llama), tmp_path)
