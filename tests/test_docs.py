@@ -1,37 +1,208 @@
-"""Code blocks of the documents run, and they agree with the library."""
+"""The documents hold: code blocks run, commands parse, links lead somewhere, tables are whole."""
 
+import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
+import types
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
 from composites import COMPOSITES
 from families import FAMILIES, HYBRIDS
 from tiny_trl import build_trainer, load, preference_pairs, save_tiny_model, tiny_tokenizer
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.run import get_args_parser as torchrun_parser
+from torch.nn.parallel import DistributedDataParallel
 
 import hf_prefix_patch
+from hf_prefix_patch import cli
+from hf_prefix_patch.attention import BACKENDS
+from hf_prefix_patch.switch import CHOICES, VARIABLE, LaunchOptions
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PACKAGE = ROOT / "hf_prefix_patch"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
+
+# Python blocks that are run elsewhere, or nowhere.
+ELSEWHERE = {
+    "bnb_4bit_quant_type": "test_quantised.py",
+    "deepspeed.initialize": "test_wrappers.py, in other words, where DeepSpeed is installed",
+}
 
 
-def python_blocks(text):
-    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+def blocks_of(language):
+    """Every block of that language in the documents, with its page and line as its name."""
+    for page in PAGES:
+        for match in re.finditer(rf"```{language}\n(.*?)```", page.read_text(), flags=re.S):
+            line = page.read_text().count("\n", 0, match.start()) + 2
+            if not any(mark in match[1] for mark in ELSEWHERE):
+                yield pytest.param(match[1], id=f"{page.name}:{line}")
 
 
-BATCHES = (ROOT / "docs" / "batches.md").read_text()
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone, for wrappers that want one."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("block", python_blocks(README) + python_blocks(BATCHES))
-def test_blocks_run(block, tmp_path, monkeypatch):
-    """Each block with a tiny model, trainer, tokenizer and file under the names that it uses."""
+@pytest.mark.filterwarnings("ignore:prefix sharing is bypassed. key/value cache by default")
+@pytest.mark.filterwarnings("ignore:.*(deprecated|experimental):FutureWarning")
+@pytest.mark.parametrize("block", [*blocks_of("python")])
+def test_blocks_run(block, tmp_path, monkeypatch, request):
+    """Each block with tiny models, trainers, data and files under the names that it uses."""
     monkeypatch.chdir(tmp_path)
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, preference_pairs())))
-    trainer = build_trainer(load(save_tiny_model(tmp_path)), tmp_path, lora=True)
-    names = {"model": trainer.model, "trainer": trainer, "tokenizer": tiny_tokenizer()}
+    path = save_tiny_model(tmp_path)
+    trainer = build_trainer(load(path), tmp_path, lora="fully_shard" not in block)
+    if "fully_shard" in block or "DistributedDataParallel" in block:
+        request.getfixturevalue("one_process")
+    axolotl = {"axolotl": {}, "axolotl.integrations": {}}
+    axolotl["axolotl.integrations.base"] = {"BasePlugin": object}
+    for name, members in axolotl.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
+    names = {
+        "model": trainer.model,
+        "trainer": trainer,
+        "tokenizer": tiny_tokenizer(),
+        "path": path,
+        "pairs": preference_pairs(),
+        "prompts": preference_pairs().select_columns("prompt"),
+        "reward": lambda completions, **_: [float(len(str(x)) % 5) for x in completions],
+        "ids": torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]]),
+        "mask": torch.ones(2, 4, dtype=torch.long),
+        "policy": MixedPrecisionPolicy(),
+    }
+    known = [torch, hf_prefix_patch.enable_prefix_sharing, DistributedDataParallel, fully_shard]
+    names |= {x.__name__: x for x in known}
+    handle = None
+    if "# bypassed" in block:  # of a model that no trainer has told to have no cache
+        names["model"] = load(path)
+        handle = hf_prefix_patch.enable_prefix_sharing(names["model"])
     exec(block, names)
+    if "trainer.train()" in block and "sharing" in names:
+        assert names["sharing"].stats.sharing_ratio > 1
+    if handle is not None:
+        assert (handle.stats.calls, handle.stats.bypassed.total()) == (1, 1)
+    if "BasePlugin" in block:
+        plugin = names["PrefixSharing"]()
+        plugin.post_model_load(None, trainer.model)
+        plugin.post_trainer_create(None, trainer)
+        trainer.train()
+
+
+def commands(block):
+    """The commands of a shell block as lists of words, without comments."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("block", [*blocks_of("sh")])
+def test_commands_parse(block):
+    """Options exist where the command is ours, accelerate's or torchrun's; so do files in this
+    repository, targets of make and extras of the package."""
+    for words in commands(block):
+        while "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            if name == VARIABLE:
+                LaunchOptions.parse(value)
+        if words[:2] == ["accelerate", "launch"]:
+            args = launch_command_parser().parse_args(words[2:])
+            words = [args.training_script, *args.training_script_args]
+            words = ["python", "-m", *words] if args.module else ["python", *words]
+        elif words[0] == "torchrun":
+            args = torchrun_parser().parse_args(words[1:])
+            words = ["python", "-m", args.training_script, *args.training_script_args]
+        if words[:3] == ["python", "-m", "hf_prefix_patch"]:
+            words = ["hf-prefix-patch", *words[3:]]
+        if words[0] == "hf-prefix-patch":
+            assert cli.parse(words[1:]).script
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+        elif words[:2] == ["pip", "install"]:
+            extra = re.fullmatch(r"hf_prefix_patch(?:\[(.*)\])?", words[2])[1]
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            assert extra is None or extra in project["optional-dependencies"]
+        else:
+            assert words[0] in ("python", "trl", "llamafactory-cli", "axolotl")
+        for word in words:
+            assert not word.startswith("examples/") or (ROOT / word).exists(), word
+
+
+def test_options_of_the_launcher_are_all_in_its_page():
+    page = (ROOT / "docs" / "launcher.md").read_text()
+    for field in fields(LaunchOptions):
+        flag = field.name.replace("_", "-")
+        (row,) = re.findall(rf"^\| `--(?:no-)?{flag}\b.*\| `\"?{field.name}\b.*$", page, flags=re.M)
+        for choice in CHOICES.get(field.name, ()) if field.name != "backend" else ():
+            assert choice in row
+    assert set(CHOICES["backend"]) == {"auto", *BACKENDS}
+
+
+def anchor(heading):
+    """As GitHub makes them."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        file, _, place = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        if place:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M)
+            assert place in map(anchor, headings), link
+
+
+def test_readme_leads_to_every_page():
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in README
+
+
+HOW = (ROOT / "docs" / "how-it-works.md").read_text()
+
+
+def test_every_file_has_its_row():
+    rows = re.findall(r"^\| (`.*?) \|", HOW[HOW.index("## Where the code lives") :], flags=re.M)
+    named = re.findall(r"`(.*?)`", " ".join(rows))
+    here = {x.name for x in PACKAGE.iterdir() if x.suffix in (".py", ".pth")}
+    assert sorted(named) == sorted(here | {"backends/"})
+    for file in (PACKAGE / "backends").glob("[a-z]*.py"):
+        assert f"`{file.name}`" in HOW
+
+
+def imports_of(file):
+    """Files of the package that a file imports as it is run: not for types, not in functions."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_prefix_patch."):
+            yield node.module.split(".")[1]
+
+
+def test_imports_run_one_way():
+    order = re.findall(r"`(\w+)`", HOW[HOW.index("Imports run one way") : HOW.index("Two imports")])
+    here = {x.stem for x in PACKAGE.glob("*.py")} - {"__init__"}
+    assert sorted(order) == sorted(here | {"backends"})
+    seen = 0
+    for file in PACKAGE.rglob("*.py"):
+        name = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for other in imports_of(file):
+            assert name == other or order.index(other) < order.index(name), (name, other)
+            seen += 1
+    assert seen > 50
 
 
 def test_before_and_after_stand_at_the_top():
