@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from math import inf
+from numbers import Integral
 from typing import Any, Literal
 
 from torch.utils.data import Sampler
@@ -66,7 +67,7 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
     Raises:
         ValueError: no limit or one below 1, data that is empty or too little for the ranks, a pair
             over the budget, an unknown option, or a rank out of range.
-        TypeError: data without length or indexing.
+        TypeError: data without length or indexing, or a limit that is no integer.
         KeyError: data without the columns of tokenised examples.
 
     Example:
@@ -254,6 +255,10 @@ def _check_limits(**limits: int | None) -> None:
             "tokens that fit in memory as max_tokens, or max_pairs"
         )
     for name, limit in limits.items():
+        if limit is not None and not isinstance(limit, Integral):
+            raise TypeError(
+                f"{name} is {limit!r}, but must be an integer; leave it out for no limit"
+            )
         if limit is not None and limit < 1:
             raise ValueError(
                 f"{name} is {limit}, but must be at least 1; leave it out for no limit"

@@ -32,7 +32,8 @@ ADVICE = {
     "attention mask with holes": "remove the tokens that are masked inside of rows",
     "position_ids that are not [rows, length]": "pass integers of the shape of input_ids",
     "position_ids that are not integers": "pass integers of the shape of input_ids",
-    "several documents in a row": "give each document a row of its own (padding_free=False)",
+    "several documents in a row": "give each document a row of its own, with packing=False and "
+    "padding_free=False",
     "output_attentions": "ask for attention weights in a separate call",
     "NEFTune": "set neftune_noise_alpha=None",
 }

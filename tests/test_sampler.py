@@ -407,6 +407,7 @@ class Stream(IterableDataset):
             ValueError,
             "num_replicas is 0, but must be at least",
         ),
+        ({"max_tokens": "9"}, TypeError, "max_tokens is '9', but must be an integer"),
         ({"max_pairs": 1, "rank": 1}, ValueError, r"rank is 1, but must lie in \[0, 0\]"),
         ({"max_pairs": 1, "rank": -1}, ValueError, "rank is -1, but must lie in"),
         ({"max_pairs": 1, "oversized": "drop"}, ValueError, "oversized is 'drop', but must be"),
