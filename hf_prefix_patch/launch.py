@@ -17,6 +17,7 @@ from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
 from hf_prefix_patch.patch import check_options, disable_prefix_sharing, enable_prefix_sharing
 from hf_prefix_patch.support import REFUSED
 from hf_prefix_patch.switch import LaunchOptions
+from hf_prefix_patch.trainer import other_models_of
 from hf_prefix_patch.wrappers import backbone_of, device_of, unwrap
 
 # What `enable_prefix_sharing` raises for a model that cannot be shared.
@@ -198,12 +199,15 @@ def _forget_verification(backbone: nn.Module) -> None:
 
 def _roles(trainer: Any) -> list[tuple[PreTrainedModel, str]]:
     """Decoder stacks of a trainer's models; none for a model that is not of transformers."""
-    found = []
-    for role, name in (("policy", "model"), ("reference", "ref_model")):
-        try:
-            found.append((backbone_of(unwrap(getattr(trainer, name, None), check=False)), role))
-        except TypeError:
-            continue
+    found, policy = [], None
+    try:
+        policy = unwrap(trainer.model, check=False)
+        found.append((backbone_of(policy), "policy"))
+    except TypeError:
+        pass
+    for name, module in other_models_of(trainer, policy):
+        role = "reference" if name == "ref_model" else name
+        found.append((backbone_of(unwrap(module, check=False)), role))
     return found
 
 

@@ -32,7 +32,9 @@ def is_trainer(target: Any) -> bool:
     return module is not None and isinstance(target, module.Trainer)
 
 
-def other_models_of(trainer: Any, policy: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def other_models_of(
+    trainer: Any, policy: PreTrainedModel | None
+) -> Iterator[tuple[str, nn.Module]]:
     """The models that a trainer holds beside its policy, and where: a reference model, a teacher,
     models among the reward functions. Each decoder stack comes once, in
     its wrappers; without a trainer, none."""

@@ -321,6 +321,23 @@ def test_subclasses_are_enabled_once_at_the_end_of_their_constructor(launched, l
     assert trainer_patch_of(Last(model=llama, **options)) is not None
 
 
+def test_further_model_of_a_trainer(launched, llama, tmp_path, capsys):
+    """A reward model, a teacher: verified with the trainer, once, and named in the summary."""
+    switch = launched()
+    trainer = build_trainer(load(llama), tmp_path)
+
+    class Judged(transformers.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.judges = [load(llama)]
+
+    judged = Judged(trainer.model, trainer.args)
+    judge = judged.judges[0].base_model
+    assert patch_of(judge) is not None
+    assert verify_before_first_call not in judge._forward_pre_hooks.values()
+    assert any("(judges[0] of Judged)" in line for line in summary(switch, capsys))
+
+
 def test_constructors_keep_their_signatures_and_come_back(launched, llama, tmp_path):
     def state():
         classes = (PreTrainedModel, Trainer, DPOTrainer, trl.SFTTrainer)
