@@ -114,6 +114,8 @@ class Launch:
         for backbone in handle.backbones:
             role = next((role for other, role in roles if other is backbone), "another model")
             self._note(backbone, f"{role} of {name}")
+            if absent is None:
+                _forget_verification(backbone)  # of models that are neither policy nor reference
         if options.verify and absent is not None:
             warnings.warn(_unverified(name, absent), stacklevel=3)
 

@@ -190,6 +190,7 @@ def enable_prefix_sharing(
             except RuntimeError as refusal:  # NotImplementedError is one
                 if on_bypass == "raise":
                     raise
+                disable_prefix_sharing(module)  # enabled before, perhaps without verification
                 if on_bypass == "warn":
                     warnings.warn(
                         f"prefix sharing: {name} of the trainer runs as it is: {refusal}",

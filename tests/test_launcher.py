@@ -286,6 +286,21 @@ def test_model_built_without_from_pretrained(launched, llama, tmp_path, capsys):
         build_trainer(tiny_model(vocab_size=64), tmp_path, lora=True, precompute_ref_log_probs=True)
 
 
+def test_a_trainer_verifies_all_its_models_once(launched, llama, tmp_path):
+    class Distilling(Trainer):
+        def __init__(self, teacher, **options):
+            super().__init__(**options)
+            self.teacher = teacher
+
+    launched()
+    student, teacher = (load(llama) for _ in range(2))
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    trainer = Distilling(teacher, model=student, args=arguments)
+    for model in (trainer.model, trainer.teacher):
+        assert patch_of(model.base_model) is not None
+        assert verify_before_first_call not in model.base_model._forward_pre_hooks.values()
+
+
 def test_collator_metrics_and_budget(launched, llama, tmp_path):
     launched(log_metrics=True, max_tokens_per_batch=300)
     options = {"precompute_ref_log_probs": True, "logging_steps": 1}

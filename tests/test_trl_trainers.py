@@ -363,10 +363,13 @@ def test_reward_models_that_cannot_be_shared(llama, tmp_path, on_bypass):
     assert patch_of(encoder.base_model) is None
 
 
-def test_a_reward_model_that_fails_the_check(llama, tmp_path):
-    """It runs as it is; named are the place and the numbers."""
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_reward_model_that_fails_the_check(llama, tmp_path, enabled):
+    """It runs as it is, also if it was enabled unchecked; named are the place and the numbers."""
     scorer = reward_model(llama)
     scorer.model.norm.register_forward_hook(lambda module, args, output: output.cumsum(1))
+    if enabled:
+        enable_prefix_sharing(scorer, verify=False)
     trainer = build_group("GRPO", tmp_path, completions=(8, 12))(causal_model(llama))
     trainer.reward_funcs = [digit_sum, scorer]
     with pytest.warns(UserWarning, match=r"reward_funcs\[1\] of the trainer .* differ from the"):
