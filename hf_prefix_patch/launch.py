@@ -90,6 +90,11 @@ class Launch:
         absent = next(filter(None, (absent_weights(backbone) for backbone, _ in roles)), None)
         for backbone, _ in roles:
             _forget_verification(backbone)  # now or never: later it could be on some ranks only
+        if absent is None and any(
+            role == "policy" for _, role in roles
+        ):  # else models beside them verify before their first call
+            for _, module in other_models_of(trainer, unwrap(trainer.model, check=False)):
+                _forget_verification(backbone_of(unwrap(module, check=False)))
         try:
             handle = enable_prefix_sharing(
                 trainer,
@@ -114,8 +119,6 @@ class Launch:
         for backbone in handle.backbones:
             role = next((role for other, role in roles if other is backbone), "another model")
             self._note(backbone, f"{role} of {name}")
-            if absent is None:
-                _forget_verification(backbone)  # of models that are neither policy nor reference
         if options.verify and absent is not None:
             warnings.warn(_unverified(name, absent), stacklevel=3)
 
