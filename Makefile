@@ -40,6 +40,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/logps.py
 	@test -n "$(DATA)" || echo "give DATA=pairs.jsonl to count tokens and to time training"
+	test -z "$(DATA)" || $(BIN)/python benchmarks/preference_sets.py --data $(DATA)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/token_ratios.py --data $(DATA)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/trl_step.py --data $(DATA)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/training.py --data $(DATA)

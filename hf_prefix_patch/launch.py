@@ -90,11 +90,6 @@ class Launch:
         absent = next(filter(None, (absent_weights(backbone) for backbone, _ in roles)), None)
         for backbone, _ in roles:
             _forget_verification(backbone)  # now or never: later it could be on some ranks only
-        if absent is None and any(
-            role == "policy" for _, role in roles
-        ):  # else models beside them verify before their first call
-            for _, module in other_models_of(trainer, unwrap(trainer.model, check=False)):
-                _forget_verification(backbone_of(unwrap(module, check=False)))
         try:
             handle = enable_prefix_sharing(
                 trainer,

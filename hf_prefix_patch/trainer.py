@@ -36,9 +36,9 @@ def other_models_of(
     trainer: Any, policy: PreTrainedModel | None
 ) -> Iterator[tuple[str, nn.Module]]:
     """The models that a trainer holds beside its policy, and where: a reference model, a teacher,
-    models among the reward functions. Each decoder stack comes once, in
-    its wrappers; without a trainer, none."""
-    seen = {id(backbone_of(policy))}
+    models among the reward functions. Each decoder stack comes once, in its wrappers; without a
+    trainer, none."""
+    seen = set() if policy is None else {id(backbone_of(policy))}
     for name, module in [] if trainer is None else _modules_of(trainer):
         try:
             model = unwrap(module, check=False)

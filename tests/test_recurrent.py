@@ -311,7 +311,7 @@ def test_cache_by_default(family):
     model, batch = tiny_model(family).eval(), preference_batch()
     want = model(**batch.inputs).logits
     with enable_prefix_sharing(model) as sharing:
-        with pytest.warns(UserWarning, match="pass use_cache=False to share it"):
+        with pytest.warns(UserWarning, match="To share such a call, pass use_cache=False"):
             got = model(**batch.inputs).logits
         assert torch.equal(got, want)
         model(**batch.inputs, use_cache=False)

@@ -13,6 +13,7 @@ from accelerate import Accelerator, cpu_offload
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.hooks import remove_hook_from_module
+from accelerate.state import AcceleratorState
 from batches import LayerTokens, assert_same_run, completion_logps, preference_batch, run
 from families import tiny_model
 from peft import get_peft_model
@@ -191,6 +192,8 @@ def test_accelerate_prepares_and_unwraps(monkeypatch, precision, way):
     """Its autocast lives in the forward of the model that it returns: verification goes there."""
     calls = install_torch_varlen(monkeypatch)
     serve(monkeypatch, TORCH_VARLEN, needs_half)
+    # Trainers of other tests in this process have left a state, with a precision of its own.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     try:
         model, batch = tiny_model(), preference_batch()
