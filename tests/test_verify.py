@@ -158,7 +158,7 @@ def test_a_wrapper_whose_calls_are_all_shared_cannot_be_verified():
             return self.module(input_ids, attention_mask, use_cache=False)
 
     model = tiny_model()
-    model.model.layers[0].register_forward_hook(lambda layer, args, out: out + out.roll(1, 1))
+    model.model.norm.register_forward_hook(lambda norm, args, out: out + out.roll(1, 1))
     with pytest.raises(RuntimeError, match="Cacheless does not hand use_cache=True on"):
         enable_prefix_sharing(Cacheless(model))
     assert not model.model._forward_pre_hooks
