@@ -105,8 +105,8 @@ class BackbonePatch:
 
     def seen(self, backbone: PreTrainedModel) -> Seen:
         """What calls in the present state of model and autocast have shown of it."""
-        device, dtype, autocast = state = state_of(decoder_of(backbone))
-        return self._seen.setdefault(state, Seen(device, autocast or dtype))
+        state = state_of(decoder_of(backbone))
+        return self._seen.setdefault(state, Seen.of(state))
 
     def selection(self, backbone: PreTrainedModel, seen: Seen | None = None) -> Selection:
         """The backend for a call in the present state of model and autocast.

@@ -102,6 +102,12 @@ class Seen:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
 
+    @classmethod
+    def of(cls, state: State) -> Seen:
+        """What weights and autocast tell before any call."""
+        device, dtype, autocast = state
+        return cls(device, autocast or dtype)
+
     def note(self, value: Tensor) -> None:
         """Look at values of attention: unlike queries and keys they come straight from weights,
         where norms and rotary angles in fp32 do not show."""
@@ -149,9 +155,7 @@ def needs_of(backbone: PreTrainedModel, structure: Structure, seen: Seen | None 
     Args:
         seen: what calls in this state have shown, if there were any.
     """
-    if seen is None:
-        device, dtype, autocast = state_of(backbone)
-        seen = Seen(device, autocast or dtype)
+    seen = seen or Seen.of(state_of(backbone))
     config = backbone.config
     windows = {sliding_window(config) if slides else None for slides in structure.slides}
     features = {

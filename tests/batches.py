@@ -56,6 +56,18 @@ def pad_rows(
     return batch
 
 
+def left_padded_with_positions(vocab: int = 50) -> tuple[Batch, Tensor]:
+    """A ragged batch padded on the left, where prompts begin in different columns, and positions
+    `[R, L]` that count real tokens, by which they are shared all the same."""
+    ragged = preference_batch(vocab=vocab)
+    rows = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(ragged.input_ids, ragged.attention_mask, strict=True)
+    ]
+    batch = pad_rows(rows, [9, 7, 9, 7], "left")
+    return batch, (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
 def packed_inputs(
     tree: PrefixTree, heads: int = 4, kv_heads: int = 2, size: int = 8, seed: int = 0
 ) -> list[Tensor]:

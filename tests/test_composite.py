@@ -6,7 +6,15 @@ import pickle
 import pytest
 import torch
 import transformers
-from batches import LayerTokens, assert_same_run, gradients, pad_rows, preference_batch, run
+from batches import (
+    LayerTokens,
+    assert_same_run,
+    gradients,
+    left_padded_with_positions,
+    pad_rows,
+    preference_batch,
+    run,
+)
 from composites import COMPOSITES, IMAGE, image_batch, tiny_composite
 from families import sizes
 from peft import LoraConfig, get_peft_model
@@ -168,13 +176,8 @@ def test_positions_of_several_axes_are_packed(rows):
 
 
 def test_positions_given_by_the_caller():
-    model, ragged = tiny_composite("qwen2.5-vl"), text_batch()
-    rows = [
-        ids[mask.bool()].tolist()
-        for ids, mask in zip(ragged.input_ids, ragged.attention_mask, strict=True)
-    ]
-    batch = pad_rows(rows, [9, 7, 9, 7], "left")
-    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    model = tiny_composite("qwen2.5-vl")
+    batch, positions = left_padded_with_positions(vocab=45)
     want = run(model, batch, position_ids=positions)
     with enable_prefix_sharing(model) as sharing:
         got = run(model, batch, position_ids=positions)

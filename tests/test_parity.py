@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from batches import LayerTokens, assert_same_run, pad_rows, preference_batch, run
+from batches import (
+    LayerTokens,
+    assert_same_run,
+    left_padded_with_positions,
+    pad_rows,
+    preference_batch,
+    run,
+)
 from families import FAMILIES, NO_SDPA, tiny_model
 
 from hf_prefix_patch import enable_prefix_sharing
@@ -146,13 +153,7 @@ def test_hidden_states_and_router_logits_come_back_as_rows(family):
 def test_positions_given_by_the_caller():
     """Positions that count real tokens make rows share under left padding too."""
     model = tiny_model()
-    ragged = preference_batch("right")
-    rows = [
-        ids[mask.bool()].tolist()
-        for ids, mask in zip(ragged.input_ids, ragged.attention_mask, strict=True)
-    ]
-    batch = pad_rows(rows, [9, 7, 9, 7], "left")
-    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    batch, positions = left_padded_with_positions()
     want = run(model, batch, position_ids=positions)
     with enable_prefix_sharing(model) as sharing:
         run(model, batch)

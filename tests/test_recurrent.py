@@ -15,6 +15,7 @@ from batches import (
     assert_same_run,
     completion_logps,
     gradients,
+    left_padded_with_positions,
     pad_rows,
     preference_batch,
     run,
@@ -353,13 +354,7 @@ def test_a_bias_on_padding_before_a_row(family, monkeypatch):
 def test_positions_given_by_the_caller(monkeypatch):
     """Positions that count real tokens make rows share under left padding too."""
     model = in_doubles(tiny_model("qwen3.5"), monkeypatch)
-    ragged = preference_batch("right")
-    rows = [
-        ids[mask.bool()].tolist()
-        for ids, mask in zip(ragged.input_ids, ragged.attention_mask, strict=True)
-    ]
-    batch = pad_rows(rows, [9, 7, 9, 7], "left")
-    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    batch, positions = left_padded_with_positions()
     want = run(model, batch, position_ids=positions)
     with enable_prefix_sharing(model, verify=False) as sharing:
         got = run(model, batch, position_ids=positions)

@@ -179,3 +179,10 @@ def assert_same_log(
                 torch.testing.assert_close(
                     ours[name], value, rtol=rtol, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
                 )
+
+
+def assert_same_reference(got: DPOTrainer, want: DPOTrainer) -> None:
+    """The precomputed reference log-probs of both, equal as the values of logs are."""
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        ours, theirs = (torch.tensor(list(t.train_dataset[name])) for t in (got, want))
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-5)
