@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import os
 import sys
 
 from hf_prefix_patch import __version__
-from hf_prefix_patch.program import run_file, run_module
-from hf_prefix_patch.switch import CHOICES, VARIABLE, LaunchOptions, switch_on
+from hf_prefix_patch.commands import run
 
-_RUN = f"""\
-Run a training script with prefix sharing. Models that it loads by transformers' from_pretrained
-and trainers that it builds are enabled as they come; the script itself stays as it is.
-
-  hf-prefix-patch run train.py --learning_rate 5e-7
-  hf-prefix-patch run --backend sdpa -m package.train --config dpo.yaml
-  accelerate launch -m hf_prefix_patch run train.py
-  torchrun --nproc-per-node 8 -m hf_prefix_patch run train.py
-
-Processes that the script starts share too, through the variable {VARIABLE}, which does the
-same without this command: {VARIABLE}=1 trl dpo ...
-"""
+COMMANDS = {"run": run}
+"""Modules, each with `add_arguments(parser)` and `main(arguments)`, which is given them parsed."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,95 +25,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_run(commands)
-    options, unknown = parser.parse_known_args(arguments)
+    for name, module in COMMANDS.items():
+        summary, _, rest = (module.__doc__ or "").partition("\n\n")
+        command = commands.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:].rstrip("."),
+            description=f"{summary}\n\n{rest}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(command=module.main, parser=command)
+    given = sys.argv[1:] if arguments is None else arguments
+    first = next(iter(given), "")
+    if first.endswith(".py"):
+        parser.error(f"{first!r} is no command; to run a script: hf-prefix-patch run {first} ...")
+    options, unknown = parser.parse_known_args(given)
     if unknown:  # the outer parser would only show its own usage
         options.parser.error(
-            f"unknown option {unknown[0]}; --help lists those of this command, and options of the "
-            "script come after it"
+            f"unknown option {unknown[0]}; --help lists those of this command"
+            + (", and options of the script come after it" if options.command is run.main else "")
         )
     return options
-
-
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="run a training script with prefix sharing",
-        description=_RUN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="hf-prefix-patch run [options] (SCRIPT | -m MODULE) [ARGUMENTS ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT names a module")
-    parser.add_argument(
-        "--backend",
-        choices=CHOICES["backend"],
-        default="auto",
-        metavar="NAME",
-        help="attention backend: auto (default), torch_varlen, flash, sdpa or flex",
-    )
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare shared with unshared results"
-    )
-    parser.add_argument(
-        "--on-bypass",
-        choices=CHOICES["on_bypass"],
-        default="warn",
-        help="what a training call that cannot be shared does beside running unshared",
-    )
-    parser.add_argument(
-        "--on-refusal",
-        choices=CHOICES["on_refusal"],
-        default="raise",
-        help="what a trainer whose model cannot be shared does: raise (default), or warn and train "
-        "unshared; models that no trainer takes always warn",
-    )
-    parser.add_argument(
-        "--log-metrics", action="store_true", help="add the sharing ratio to what trainers log"
-    )
-    parser.add_argument(
-        "--max-tokens-per-batch",
-        type=int,
-        metavar="N",
-        help="training batches of at most so many unique tokens on each device",
-    )
-    parser.add_argument(
-        "--keep-groups",
-        action="store_true",
-        help="deal out the completions of a prompt together (GRPO, RLOO)",
-    )
-    parser.add_argument("script", metavar="SCRIPT", help="a Python file, or with -m a module")
-    parser.add_argument(
-        "arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="of the script"
-    )
-    parser.set_defaults(command=_run, parser=parser)
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    if not arguments.module and not os.path.isfile(arguments.script):
-        arguments.parser.error(
-            f"no file {arguments.script!r}; give a Python file or, after -m, a module. For an "
-            f"installed command set the variable instead: {VARIABLE}=1 {arguments.script} ..."
-        )
-    options = LaunchOptions(
-        backend=arguments.backend,
-        verify=not arguments.no_verify,
-        on_bypass=arguments.on_bypass,
-        on_refusal=arguments.on_refusal,
-        log_metrics=arguments.log_metrics,
-        max_tokens_per_batch=arguments.max_tokens_per_batch,
-        keep_groups=arguments.keep_groups,
-    )
-    os.environ[VARIABLE] = str(options)
-    switch = switch_on(options)
-    atexit.register(lambda: None if switch.used else _say_unused())
-    (run_module if arguments.module else run_file)(arguments.script, arguments.arguments)
-
-
-def _say_unused() -> None:
-    if int(os.environ.get("RANK") or 0) == 0:
-        print(
-            "prefix sharing: this process loaded no model and built no trainer; processes that it "
-            "started speak for themselves, if hf_prefix_patch is installed for their Python",
-            file=sys.stderr,
-        )

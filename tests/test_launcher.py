@@ -579,6 +579,8 @@ def test_command_line(tmp_path):
         python(*program, "--version").stdout == f"hf-prefix-patch {hf_prefix_patch.__version__}\n"
     )
     assert "COMMAND" in python(*program, code=2).stderr
+    forgotten = python(*program, "train.py", "--x", code=2).stderr
+    assert "to run a script: hf-prefix-patch run train.py" in forgotten
     unknown = python(*program, "run", "--log-metric", "x.py", code=2).stderr
     assert "usage: hf-prefix-patch run [options]" in unknown
     assert "unknown option --log-metric; --help lists those of this command" in unknown

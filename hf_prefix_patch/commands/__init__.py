@@ -1,0 +1,4 @@
+"""The commands of the command line.
+
+run         a training script with prefix sharing
+"""
