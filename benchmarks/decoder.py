@@ -1,12 +1,12 @@
-"""Decoders with random weights at several sizes, and the arithmetic of a training step of one.
+"""Decoders with random weights at several sizes, and the FLOPs of a training step of one.
 
-The FLOPs are those that the result needs, whatever a kernel does beside them: two for every weight
-and token in the projections and the MLP, and in attention for every pair of a query and a key that
-it may see. Their ratio is the ideal that a measured ratio is held against.
+They are those of `hf_prefix_patch.flops`: what the result needs, whatever a kernel does beside
+them. Their ratio is the ideal that a measured ratio is held against.
 """
 
+import json
 import warnings
-from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from hf_prefix_patch import PrefixTree
+from hf_prefix_patch import flops
+from hf_prefix_patch.flops import DecoderShape, Work, row_pairs, tree_pairs
+
+__all__ = ["SHAPES", "build_decoder", "row_pairs", "step_flops", "tree_pairs"]
 
 
 def _shape(layers: int, hidden: int, heads: int, kv: int, mlp: int, vocab: int, **rest: Any):
@@ -83,15 +86,9 @@ def build_decoder(
     return model.train()
 
 
-def row_pairs(lengths: Iterable[int]) -> int:
-    """Visible (query, key) pairs of rows that each stand alone."""
-    return sum(n * (n + 1) // 2 for n in lengths)
-
-
-def tree_pairs(tree: PrefixTree) -> int:
-    """Visible (query, key) pairs of a packed row: `n` queries at the end of a path of `m` keys."""
-    segments = zip(tree.segment_lengths, tree.path_lengths, strict=True)
-    return sum(n * m - n * (n - 1) // 2 for n, m in segments)
+@cache
+def _shape_of(kind: type[PretrainedConfig], sizes: str) -> DecoderShape:
+    return DecoderShape.of(kind.from_dict(json.loads(sizes)))
 
 
 def step_flops(
@@ -100,27 +97,15 @@ def step_flops(
     pairs: int,
     *,
     head_tokens: int = 0,
-    checkpointing: bool = False,
-    frozen: bool = False,
+    **options: bool,
 ) -> int:
-    """FLOPs of forward and backward.
-
-    A matrix product with a weight costs its backward one product for the input and, unless frozen,
-    one for the weight; the two of attention cost two each. Checkpointing repeats the decoder's
-    forward. Norms, activations, rotary embeddings and biases are left out.
+    """FLOPs of forward and backward of a decoder whose layers have no window.
 
     Args:
         tokens: that the decoder runs on, padding included where it does.
         pairs: visible (query, key) pairs of one layer and head.
         head_tokens: that the LM head projects.
+        options: those of `hf_prefix_patch.flops.step_flops`.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries = config.num_attention_heads * head_dim
-    keys = config.num_key_value_heads * head_dim
-    weights = hidden * (2 * queries + 2 * keys + 3 * config.intermediate_size)
-    forward = 1 + checkpointing
-    backward = 1 if frozen else 2
-    linear = 2 * tokens * layers * weights * (forward + backward)
-    attention = 2 * 2 * pairs * layers * queries * (forward + 2)
-    return linear + attention + 2 * head_tokens * hidden * config.vocab_size * (1 + backward)
+    shape = _shape_of(type(config), config.to_json_string(use_diff=False))
+    return flops.step_flops(shape, Work(tokens, {None: pairs}, head_tokens), **options).total

@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from hf_prefix_patch import __version__
-from hf_prefix_patch.commands import run
+from hf_prefix_patch.commands import estimate, run
 
-COMMANDS = {"run": run}
+COMMANDS = {"run": run, "estimate": estimate}
 """Modules, each with `add_arguments(parser)` and `main(arguments)`, which is given them parsed."""
 
 

@@ -10,7 +10,7 @@ from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import accumulate, pairwise
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 from torch.utils.data import IterableDataset
@@ -41,6 +41,7 @@ class PrefixIndex:
 
     Attributes:
         places: for each example the places of its rows, ascending.
+        lengths: tokens of the row at each place.
 
     Example:
         >>> pairs = [[[5, 6, 7], [5, 6, 8]], [[5, 6, 7, 9], [4]]]
@@ -64,7 +65,7 @@ class PrefixIndex:
         place[order] = np.arange(len(rows))
         self.places = [tuple(sorted(place[i:j].tolist())) for i, j in pairwise(ends)]
         tokens = [np.frombuffer(rows[row], np.int32) for row in order]
-        self._lengths = array("i", map(len, tokens))
+        self.lengths = array("i", map(len, tokens))
         self._minima = _window_minima([common_prefix(a, b) for a, b in pairwise(tokens)])
 
     def common_prefix(self, low: int, high: int) -> int:
@@ -73,10 +74,21 @@ class PrefixIndex:
         minima = self._minima[level]
         return min(minima[low], minima[high - (1 << level)])
 
+    def common_prefixes(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """`common_prefix` of many pairs of places at once, all 1-D of one length."""
+        levels = np.frexp(high - low)[1] - 1
+        shared = np.empty(len(low), np.int64)
+        for level, minima in enumerate(self._minima):
+            of_level = np.flatnonzero(levels == level)
+            values = np.frombuffer(minima, np.int32)
+            last = high[of_level] - (1 << level)
+            shared[of_level] = np.minimum(values[low[of_level]], values[last])
+        return shared
+
     def unique_tokens(self, places: Sequence[int]) -> int:
         """Packed tokens of the rows at these places, which ascend."""
         shared = sum(self.common_prefix(a, b) for a, b in pairwise(places))
-        return sum(self._lengths[place] for place in places) - shared
+        return sum(self.lengths[place] for place in places) - shared
 
     def shared_tokens(self, places: Sequence[int], others: Sequence[int]) -> int:
         """Packed tokens that two sets of rows have in common; both ascend, no row is in both.
@@ -134,16 +146,20 @@ class PrefixIndex:
         return root
 
 
+class IndexedExamples(NamedTuple):
+    """The index of a data set's rows, and for each example a number that stands for its prompt."""
+
+    rows: PrefixIndex
+    prompts: list[int]
+
+
 def read_index(
     data: Any,
     max_length: int | None,
     truncation_mode: TruncationMode,
     progress: bool,
-) -> tuple[PrefixIndex, list[int]]:
-    """The index of a data set's rows, and for each example a number that stands for its prompt.
-
-    Prompts are compared before they are cut. An example without one has a negative number of its
-    own.
+) -> IndexedExamples:
+    """The index of a data set's rows.
 
     Raises:
         ValueError: data without examples.
@@ -159,18 +175,31 @@ def read_index(
         )
     if len(data) == 0:
         raise ValueError("data has no examples, but at least one is needed; check how it is loaded")
+    return index_examples(_examples(data, progress), max_length, truncation_mode)
+
+
+def index_examples(
+    examples: Iterable[Mapping[str, Any]],
+    max_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
+) -> IndexedExamples:
+    """The index of the rows of tokenised examples, each of which is read once and not kept.
+
+    Prompts are compared before they are cut. An example without one has a negative number of its
+    own.
+    """
     numbers: dict[bytes, int] = {}
     prompts: list[int] = []
 
     def rows() -> Iterator[list[np.ndarray]]:
-        for example in _examples(data, progress):
+        for example in examples:
             ids, length = rows_of(example)[0]
             prompt = blake2b(ids[:length].tobytes()).digest()
             number = numbers.setdefault(prompt, len(numbers)) if length else -1 - len(prompts)
             prompts.append(number)
             yield [row.ids for row in rows_of(example, max_length, truncation_mode)]
 
-    return PrefixIndex(rows()), prompts
+    return IndexedExamples(PrefixIndex(rows()), prompts)
 
 
 def _examples(data: Any, progress: bool) -> Iterator[Mapping[str, Any]]:

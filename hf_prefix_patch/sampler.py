@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 from hf_prefix_patch.columns import TruncationMode, check_truncation_mode
 from hf_prefix_patch.packing import Batch, Packing
-from hf_prefix_patch.prefix_index import read_index
+from hf_prefix_patch.prefix_index import IndexedExamples, read_index
 
 _TRIALS = 3
 """Epochs whose packings say how many batches one needs, and packings that a later epoch may try; at
@@ -45,7 +45,8 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
 
     Args:
         data: tokenised examples, a `datasets.Dataset` or a sequence of mappings, with the columns
-            that `DataCollatorWithPrefixSharing` takes.
+            that `DataCollatorWithPrefixSharing` takes; or what `index_examples` made of them, rows
+            cut by it.
         max_tokens: unique tokens in a batch; None for no limit.
         max_pairs: pairs in a batch; None for no limit. One of the two must be given.
         max_pairs_per_prompt: pairs with an identical prompt in a batch; None for no limit.
@@ -108,7 +109,9 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
         _check_options(truncation_mode, oversized, num_replicas, rank)
         self._num_replicas, self._rank = num_replicas, rank
         self._shuffle, self._seed, self._longest_first = shuffle, seed, longest_first
-        index, prompts = read_index(data, max_length, truncation_mode, progress)
+        if not isinstance(data, IndexedExamples):
+            data = read_index(data, max_length, truncation_mode, progress)
+        index, prompts = data
         if max_pairs_per_prompt is not None and max(prompts) < 0:
             raise ValueError(
                 f"max_pairs_per_prompt is {max_pairs_per_prompt}, but the examples have no prompt; "
@@ -120,7 +123,7 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
         self.skipped = self._packing.oversized()
         if self.skipped:
             self._report_oversized(oversized)
-        kept = sorted(set(range(len(data))).difference(self.skipped))
+        kept = sorted(set(range(len(index.places))).difference(self.skipped))
         self._groups = index.groups(kept, prompts)
         self._num_pairs = len(kept)
         self._num_batches = self._choose_num_batches()

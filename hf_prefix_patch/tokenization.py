@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,11 @@ from typing import Any
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hf_prefix_patch.columns import REFERENCE_LOGPS, TruncationMode, check_truncation_mode
+from hf_prefix_patch.pair_files import read_file, read_folder
 from hf_prefix_patch.preferences import CUT, IDS, encode
 
 logger = logging.getLogger(__name__)
 
-_JSONL = (".jsonl", ".ndjson", ".json")
 _TOGETHER = 32  # examples in one call of the tokenizer; a fast one spreads its texts over the cores
 _DESCRIPTION = "Tokenising preferences"
 
@@ -48,8 +46,9 @@ def tokenize_preferences(
     examples are left out here, and a line of the log says how many.
 
     Args:
-        data: path of a JSONL file in UTF-8 or of a folder saved by `datasets` (of several splits,
-            "train"); a `datasets.Dataset`; or an iterable of examples.
+        data: path of a file (JSONL in UTF-8, JSON with an array of objects, Parquet) or of a folder
+            saved by `datasets` (of several splits, "train"); a `datasets.Dataset`; or an iterable
+            of examples.
         tokenizer: a tokenizer of transformers, with a chat template for messages or an EOS token
             for strings.
         max_length: longest row, prompt and answer, in tokens; None for any length.
@@ -65,11 +64,12 @@ def tokenize_preferences(
 
     Raises:
         FileNotFoundError: no such path, or a folder that `datasets` did not save.
-        ModuleNotFoundError: a folder, but `datasets` is not installed.
+        ModuleNotFoundError: a folder, but `datasets` is not installed; Parquet, but no `pyarrow`.
         TypeError: `data` is a mapping, or an example is none; `tokenizer` is a string.
-        ValueError: an option out of range; a file that is not JSONL, or a line of it not JSON; no
-            example, or one that lacks chosen or rejected, mixes strings and messages, or has no
-            prompt message or no token in an answer; a tokenizer without what it must have.
+        ValueError: an option out of range; a file of another kind, or one that is not what its name
+            says or was written in part, with the line; no example, or one that lacks chosen or
+            rejected, mixes strings and messages, or has no prompt message or no token in an answer;
+            a tokenizer without what it must have.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -92,7 +92,7 @@ def tokenize_preferences(
         raise ValueError(f"max_length is {max_length}, but must be 1 or more, or None for no limit")
     limit = max_length if truncation_mode == "keep_start" else None
     path = Path(data) if isinstance(data, str | os.PathLike) else None
-    saved = _saved(path) if path is not None and path.is_dir() else None
+    saved = read_folder(path) if path is not None and path.is_dir() else None
     if saved is not None or _is_dataset(data):
         pairs, cuts = _map(data if saved is None else saved, tokenizer, limit, num_proc, progress)
     elif num_proc is not None:
@@ -101,11 +101,11 @@ def tokenize_preferences(
             "in processes; leave num_proc out, or give datasets.Dataset.from_list(examples)"
         )
     else:
-        items, total = _numbered(data) if path is None else _read(path)
+        items, total = _numbered(data) if path is None else _of_file(path)
         pairs, cuts = _loop(items, total, tokenizer, limit, progress)
     if not cuts:
         raise ValueError(f"{path or 'data'} holds no example, but must hold at least one")
-    _report(cuts, len(cuts) - len(pairs), limit)
+    report_cuts(cuts, len(cuts) - len(pairs), limit)
     if saved is None:
         return pairs
     names = [name for name in (*IDS, *REFERENCE_LOGPS) if name in pairs.column_names]
@@ -118,51 +118,8 @@ def _is_dataset(data: Any) -> bool:
     return module is not None and isinstance(data, module.Dataset)
 
 
-def _saved(folder: Path) -> Any:
-    """The `Dataset` that `datasets` saved in a folder, or its train split."""
-    if find_spec("datasets") is None:
-        raise ModuleNotFoundError(
-            f"{folder} is a folder, which takes datasets to read, but that is not installed; run "
-            "`pip install datasets`, or give a JSONL file"
-        )
-    from datasets import DatasetDict, load_from_disk  # type: ignore[import-untyped]
-
-    saved = load_from_disk(folder)
-    if not isinstance(saved, DatasetDict):
-        return saved
-    if "train" not in saved:
-        raise ValueError(
-            f"{folder} has the splits {sorted(saved)}, but of several splits 'train' is read; give "
-            f"the folder of one, such as {folder / min(saved)}"
-        )
-    return saved["train"]
-
-
-def _read(path: Path) -> tuple[Iterable[tuple[str, Any]], int]:
-    """Examples of a JSONL file, each with where it is, and their number."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a JSONL file, a folder saved by datasets, or examples "
-            "themselves (datasets.load_dataset returns those of a name on the hub)"
-        )
-    if path.suffix.lower() not in _JSONL:
-        raise ValueError(
-            f"{path} is not JSONL by its name, but only JSONL ({', '.join(_JSONL)}) and folders "
-            "saved by datasets are read; load it with datasets.load_dataset and give the result"
-        )
-    items = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                items.append((where, json.loads(line)))  # bytes may begin with a byte order mark
-            except ValueError as error:
-                raise ValueError(
-                    f"{where} is not JSON in UTF-8, or was written in part ({error}), but a line "
-                    "must be one JSON object; repair or remove it"
-                ) from None
+def _of_file(path: Path) -> tuple[Iterable[tuple[str, Any]], int]:
+    items = read_file(path)
     return items, len(items)
 
 
@@ -186,23 +143,31 @@ def _loop(
 ) -> tuple[list[dict[str, Any]], list[str | None]]:
     """Records of the examples within the limit, and the cuts of all."""
     records, cuts = [], []
+    for example, record in encoded(items, total, tokenizer, progress):
+        cuts.append(record.pop(CUT))
+        if limit is None or len(record["prompt_ids"]) < limit:
+            record |= {name: example[name] for name in REFERENCE_LOGPS if name in example}
+            records.append(record)
+    return records, cuts
+
+
+def encoded(
+    items: Iterable[tuple[str, Any]], total: int | None, tokenizer: Any, progress: bool
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each example, given with its place for messages, and its record as `encode` makes it."""
     remaining = iter(items)
     with tqdm(total=total, desc=_DESCRIPTION, unit=" examples", disable=not progress) as bar:
         while batch := list(islice(remaining, _TOGETHER)):
             for (_, example), record in zip(batch, encode(batch, tokenizer), strict=True):
-                cuts.append(record.pop(CUT))
-                if limit is None or len(record["prompt_ids"]) < limit:
-                    record |= {name: example[name] for name in REFERENCE_LOGPS if name in example}
-                    records.append(record)
+                yield example, record
             bar.update(len(batch))
-    return records, cuts
 
 
 def _map(
     dataset: Any, tokenizer: Any, limit: int | None, num_proc: int | None, progress: bool
 ) -> tuple[Any, list[str | None]]:
     """The same for a `Dataset`, all columns kept."""
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     if not len(dataset):
         return dataset, []
@@ -257,7 +222,8 @@ def _encode_columns(
     return {name: [record[name] for record in records] for name in (*IDS, CUT)}
 
 
-def _report(cuts: Sequence[str | None], left_out: int, limit: int | None) -> None:
+def report_cuts(cuts: Sequence[str | None], left_out: int = 0, limit: int | None = None) -> None:
+    """Warn of prompts that lost their end or are empty; say how many examples were left out."""
     ends = [cut for cut in cuts if cut]
     if ends:
         # A warning, as there is something to mend; leaving out is what max_length asked for.

@@ -128,7 +128,7 @@ def test_commands_parse(block):
         if words[:3] == ["python", "-m", "hf_prefix_patch"]:
             words = ["hf-prefix-patch", *words[3:]]
         if words[0] == "hf-prefix-patch":
-            assert cli.parse(words[1:]).script
+            assert cli.parse(words[1:]).command
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
         elif words[:2] == ["pip", "install"]:

@@ -319,9 +319,9 @@ def test_options(options, message):
 
 def test_paths(tmp_path, jsonl):
     tokenizer = tiny_tokenizer()
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist; give a JSONL file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist; give a JSONL"):
         ids(tmp_path / "none.jsonl", tokenizer)
-    with pytest.raises(ValueError, match=r"pairs\.csv is not JSONL by its name, but only JSONL"):
+    with pytest.raises(ValueError, match=r"pairs\.csv is not JSONL, JSON or Parquet by its na"):
         ids(jsonl([text()], "pairs.csv"), tokenizer)
     with pytest.raises(FileNotFoundError, match="neither a"):
         ids(tmp_path, tokenizer)

@@ -1,0 +1,137 @@
+"""Say what sharing would gain on a data set.
+
+Counts the tokens of an epoch as TRL pads them, packed, and shared, predicts the speed-up for a
+model from its config, and suggests a token budget. No model is loaded.
+
+  hf-prefix-patch estimate pairs.jsonl --tokenizer Qwen/Qwen2.5-7B-Instruct
+  hf-prefix-patch estimate pairs.parquet --tokenizer model/ --batch-size 4 --plot gain.png
+  hf-prefix-patch estimate saved_dataset/ --tokenizer model/ --max-tokens 16384 --json
+
+DATA is a JSONL, JSON or Parquet file or a folder saved by datasets, with the columns chosen and
+rejected, and prompt unless both begin with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("data", metavar="DATA", type=Path, help="file or folder of preference pairs")
+    add("--tokenizer", required=True, metavar="T", help="folder or name of the model's tokenizer")
+    add(
+        "--model-config",
+        metavar="C",
+        help="config.json, folder or name of the model, or none to count tokens alone; default: "
+        "that beside the tokenizer",
+    )
+    add("--batch-size", type=int, default=8, metavar="B", help="pairs in a batch (default 8)")
+    add("--max-tokens", type=int, metavar="M", help="token budget to look at; default: suggested")
+    add(
+        "--max-length",
+        type=_length,
+        default=1024,
+        metavar="L",
+        help="rows are cut to it, or none (default 1024, as TRL's)",
+    )
+    add("--truncation-mode", choices=["keep_start", "keep_end"], default="keep_start")
+    add("--no-reference", action="store_true", help="no reference model (ORPO, SimPO, reward)")
+    add("--no-checkpointing", action="store_true", help="no gradient checkpointing")
+    add("--full", action="store_true", help="full fine-tuning; default: a frozen base under LoRA")
+    add(
+        "--head",
+        choices=["completion", "cells"],
+        default="completion",
+        help="LM head on completion tokens (TRL on CUDA, completion_logps; default), or on all "
+        "cells of the rows (TRL elsewhere)",
+    )
+    add(
+        "--attention",
+        choices=["sdpa", "flash"],
+        default="sdpa",
+        help="of padded rows: sdpa computes what a padding mask hides (default), flash does not",
+    )
+    add("--limit", type=int, metavar="N", help="look at N pairs drawn at random")
+    add("--seed", type=int, default=0, help="of drawing and shuffling (default 0)")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", type=Path, metavar="FILE", help="write a chart, such as gain.png")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from hf_prefix_patch import estimate_report as report
+    from hf_prefix_patch.estimate import Setting, estimate, read_data_set
+    from hf_prefix_patch.flops import DecoderShape
+
+    try:
+        setting = Setting(
+            batch_size=arguments.batch_size,
+            max_tokens=arguments.max_tokens,
+            max_length=arguments.max_length,
+            truncation_mode=arguments.truncation_mode,
+            attention=arguments.attention,
+            head=arguments.head,
+            checkpointing=not arguments.no_checkpointing,
+            frozen=not arguments.full,
+            reference=not arguments.no_reference,
+            seed=arguments.seed,
+        )
+        if arguments.limit is not None and arguments.limit < 1:
+            raise ValueError(f"limit is {arguments.limit}, but must be at least 1")
+        config = _config(arguments.model_config, arguments.tokenizer)
+        shape = None if config is None else DecoderShape.of(config)
+        data = read_data_set(
+            arguments.data,
+            _tokenizer(arguments.tokenizer),
+            setting.max_length,
+            setting.truncation_mode,
+            limit=arguments.limit,
+            seed=arguments.seed,
+        )
+        found = estimate(data, setting, shape)
+        if arguments.plot is not None:
+            report.draw(found, arguments.plot)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        arguments.parser.error(f"{error}{notes}")
+    print(json.dumps(report.as_dict(found), indent=2) if arguments.json else report.as_text(found))
+
+
+def _length(value: str) -> int | None:
+    return None if value == "none" else int(value)
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer could be loaded from {name!r}; give a folder with tokenizer.json or a "
+            f"name on the hub ({_first_line(error)})"
+        ) from None
+
+
+def _config(given: str | None, tokenizer: str) -> Any:
+    """The config asked for; or the one beside the tokenizer, and None where there is none."""
+    from transformers import AutoConfig
+
+    if given == "none":
+        return None
+    try:
+        return AutoConfig.from_pretrained(given or tokenizer)
+    except (OSError, ValueError) as error:
+        if given is None:
+            return None
+        raise ValueError(
+            f"no config could be loaded from {given!r}; give a config.json of transformers, a "
+            f"folder that has one or a name on the hub ({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
