@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from charts import grouped_bars
 from decoder import row_pairs, tree_pairs
-from measure import fill_in, medians, peak_of, seconds_of
+from measure import fill_in, medians
 from report import machine, write_table
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
@@ -32,6 +32,7 @@ from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.backends.varlen import gather_paths
 from hf_prefix_patch.kernel_check import kernel_fault
+from hf_prefix_patch.measuring import peak_of, seconds_of
 from hf_prefix_patch.selection import unserved
 
 DEFAULTS = {

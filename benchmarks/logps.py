@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from grid import OUT_OF_MEMORY, entry
-from measure import fill_in, fits, medians, peak_of, seconds_of
+from measure import fill_in, fits, medians
 from report import machine, write_table
 from torch import Tensor
 from tqdm import tqdm
 
 from hf_prefix_patch.head import linear_logps
+from hf_prefix_patch.measuring import peak_of, seconds_of
 
 DEFAULTS = {
     "cpu": {

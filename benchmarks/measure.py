@@ -3,7 +3,6 @@
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 from decoder import SHAPES
 from report import machine
-from tensor_memory import TensorMemory
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from hf_prefix_patch import enable_prefix_sharing
+from hf_prefix_patch.measuring import peak_of, seconds_of
 
 DEFAULTS = {
     "cpu": {"dtype": "float32", "shape": "small"},
@@ -153,38 +152,9 @@ def medians(timers: Mapping[str, Callable[[], float]], repeats: int) -> dict[str
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
-
-
 def peak_memory(model: PreTrainedModel, step: Callable[[], Any]) -> int:
     """Most bytes that one training step held at once, weights and their gradients apart."""
     for weight in model.parameters():
         if weight.requires_grad and weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     return peak_of(step, model.device)
-
-
-def peak_of(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that one call held at once, beyond what was there before.
-
-    On CUDA this is what the allocator handed out at its highest. On a CPU it is the sum of the
-    tensors alive at once, a number that does not depend on the allocator, on other threads or on
-    what ran before; scratch memory inside a kernel is not in it.
-    """
-    gc.collect()
-    if device.type != "cuda":
-        with TensorMemory() as memory:
-            call()
-        return memory.peak
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

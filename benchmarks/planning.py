@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import medians, seconds_of
+from measure import medians
 from pairs import Pair, load_tokenizer, synthetic_pairs
 from report import machine, write_table
 from token_ratios import random_batches
@@ -35,6 +35,7 @@ from hf_prefix_patch import (
     PrefixTree,
     tokenize_preferences,
 )
+from hf_prefix_patch.measuring import seconds_of
 from hf_prefix_patch.plans import Plan
 
 CPU = torch.device("cpu")

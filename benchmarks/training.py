@@ -31,7 +31,6 @@ import torch
 import trl.trainer.utils
 from charts import grouped_bars
 from datasets import Dataset, load_dataset
-from measure import peak_of, seconds_of
 from pairs import load_tokenizer
 from peft import LoraConfig, get_peft_model
 from report import machine, write_table
@@ -50,6 +49,7 @@ from hf_prefix_patch import (
     enable_prefix_sharing,
     tokenize_preferences,
 )
+from hf_prefix_patch.measuring import peak_of, seconds_of
 
 HEADER = ("set", "run", "batches", "pairs/s", "speed-up", "ideal", "decoder tokens", "peak GiB")
 HEADER += ("mean loss",)

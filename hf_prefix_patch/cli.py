@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from hf_prefix_patch import __version__
-from hf_prefix_patch.commands import estimate, run
+from hf_prefix_patch.commands import estimate, run, verify
 
-COMMANDS = {"run": run, "estimate": estimate}
+COMMANDS = {"run": run, "estimate": estimate, "verify": verify}
 """Modules, each with `add_arguments(parser)` and `main(arguments)`, which is given them parsed."""
 
 

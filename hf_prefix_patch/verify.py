@@ -61,8 +61,8 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     calls = _Calls(called, backbone)
     with (
         torch.no_grad(),
-        _evaluating(called),
-        _uncompiled(),
+        evaluating(called),
+        uncompiled(),
         whole_weights(called),
         _scratch_stats(patch) as stats,
     ):
@@ -84,7 +84,7 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
         )
     error = _error(shared, unshared)
     rows = [row[real] for row, real in zip(error, mask.bool(), strict=True)]
-    dtype = _precision(backbone, calls.seen.dtype)
+    dtype = compute_precision(backbone, calls.seen.dtype)
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
     routed = dtype in TOLERANCE and has_experts(decoder_of(backbone).config)
     worst = max((row[_RESPONSE:].median() if routed else row.max()).item() for row in rows)
@@ -175,7 +175,7 @@ def _error(got: Tensor, want: Tensor) -> Tensor:
     return error
 
 
-def _precision(backbone: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
+def compute_precision(backbone: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
     """The coarsest dtype that the model computes in: layers of bitsandbytes have one of their own,
     and 8-bit ones round activations to no more digits than bfloat16 has."""
     layers = (module for module in backbone.modules() if is_bitsandbytes(module))
@@ -230,7 +230,7 @@ def _shared_hidden(calls: _Calls, patch: BackbonePatch, ids: Tensor, mask: Tenso
 
 
 @contextmanager
-def _evaluating(called: nn.Module) -> Iterator[None]:
+def evaluating(called: nn.Module) -> Iterator[None]:
     """Evaluation mode; training flags and the state of dynamic rotary embeddings come back."""
     modules = list(called.modules())
     flags = [module.training for module in modules]
@@ -253,7 +253,7 @@ def _evaluating(called: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
+def uncompiled() -> AbstractContextManager[Any]:
     """Compiled code runs as it was written: what is compiled for this batch would serve no other"""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()

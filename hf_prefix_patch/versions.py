@@ -67,6 +67,9 @@ FLASH_IS_RESOLVED = _TRANSFORMERS >= (4, 55)
 """Whether transformers tells which functions serve a flash implementation, hub kernels included;
 before, it imports those of the package that the implementation is named after."""
 
+DTYPE = "dtype" if _TRANSFORMERS >= (4, 56) else "torch_dtype"
+"""What from_pretrained calls the type of the weights."""
+
 QUANTIZED = (
     ("_is_quantized", "dtype")
     if _TRANSFORMERS >= (5, 0)

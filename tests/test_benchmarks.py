@@ -1,7 +1,6 @@
 """The benchmarks count right, run from end to end, and write what they say."""
 
 import csv
-import doctest
 import importlib
 import json
 import runpy
@@ -167,23 +166,6 @@ def test_renumbered_pairs_are_equal_where_they_were(module):
 
 
 # Memory
-
-
-def test_tensor_memory(module):
-    """What is there counts nothing, what is made counts while it lives, views count nothing."""
-    x = torch.zeros(1024)
-    with module("tensor_memory").TensorMemory() as memory:
-        a = x + 1
-        b = (a * 2).view(32, 32)
-        assert memory.now == 2 * 4096
-        del a
-        x.add_(1)
-        c = b[0] + 1
-        assert memory.now == 4096 + 128
-        del b, c
-    assert (memory.now, memory.peak) == (0, 2 * 4096)
-    results = doctest.testmod(module("tensor_memory"))
-    assert (results.failed, results.attempted) == (0, 3)
 
 
 def test_peak_memory_repeats_and_grows_with_the_tokens(module):

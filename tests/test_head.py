@@ -1,8 +1,5 @@
 """Log-probs without logits: equal to the full computation, in values, gradients and errors."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_prefix_patch.head import linear_logps
+from hf_prefix_patch.measuring import TensorMemory
 
 C, H, V = 7, 16, 97
 OPTIONS = {
@@ -298,16 +296,10 @@ def test_autocast_leaves_fp64_as_it_is():
 # Memory and work
 
 
-@pytest.fixture
-def tensor_memory(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module("tensor_memory").TensorMemory
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_memory_is_that_of_a_chunk(tensor_memory, dtype, trained, softcap):
+def test_memory_is_that_of_a_chunk(dtype, trained, softcap):
     tokens, hidden, vocab, chunk = 64, 48, 4096, 128
     state, weight, _, target = inputs(tokens=tokens, hidden=hidden, vocab=vocab, dtype=dtype)
 
@@ -320,7 +312,7 @@ def test_memory_is_that_of_a_chunk(tensor_memory, dtype, trained, softcap):
         )
 
     step()
-    with tensor_memory() as memory:
+    with TensorMemory() as memory:
         step()
     of_weight = trained * weight.numel() * weight.element_size()
     cells = 4 * (tokens * chunk + chunk * hidden + tokens * hidden)

@@ -2,4 +2,5 @@
 
 run         a training script with prefix sharing
 estimate    what sharing would gain on a data set
+verify      shared against unshared results of a model
 """

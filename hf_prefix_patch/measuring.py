@@ -1,12 +1,54 @@
-"""Memory of the tensors that a piece of code makes, on any device, the same at every run."""
+"""Time and peak memory of a piece of code, on any device."""
 
+from __future__ import annotations
+
+import gc
+import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock seconds of one call, its work on the device included."""
+    _wait_for(device)
+    start = time.perf_counter()
+    call()
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
+def peak_of(call: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that one call held at once, beyond what was there before.
+
+    On CUDA this is what the allocator handed out at its highest. On a CPU it is the sum of the
+    tensors alive at once, a number that does not depend on the allocator, on other threads or on
+    what ran before; scratch memory inside a kernel is not in it.
+    """
+    gc.collect()
+    peak: int
+    if device.type != "cuda":
+        with TensorMemory() as memory:
+            call()
+        peak = memory.peak
+        return peak
+    _wait_for(device)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    _wait_for(device)
+    peak = torch.cuda.max_memory_allocated() - before
+    return peak
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 class TensorMemory(TorchDispatchMode):
@@ -23,12 +65,14 @@ class TensorMemory(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._held: dict[int, int] = {}
         self._before: list[torch.UntypedStorage] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         # What an operator is given and none has returned was there before: it counts nothing.
         self._note((args, kwargs), new=False)

@@ -1,0 +1,290 @@
+"""Compare shared with unshared results of a model.
+
+The model is loaded, run on preference pairs without sharing and with it, and the log-probs of its
+completions and the gradients of a preference loss are compared. A difference is held against the
+model's own rounding noise, measured on the same pairs.
+
+  hf-prefix-patch verify MODEL
+  hf-prefix-patch verify MODEL --data pairs.jsonl --pairs 8
+  hf-prefix-patch verify MODEL --data pairs.jsonl --dtype bfloat16 --load-in-4bit
+
+Exit code: 0 equal, 1 not equal, 2 bad options, input or too little memory, 3 the model cannot be
+shared, 4 nothing was proved (no shared tokens, or too much noise).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hf_prefix_patch.switch import CHOICES
+
+if TYPE_CHECKING:
+    from hf_prefix_patch.comparison import Comparison, Difference
+
+EQUAL, DIFFERENT, BAD_INPUT, REFUSED, UNPROVED = range(5)
+"""Exit codes; argparse has the third for bad options too."""
+
+_CODES = {"equal": EQUAL, "mismatch": DIFFERENT, "too noisy": UNPROVED}
+_SHOWN = 5  # mismatches
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or name of a causal LM or a reward model")
+    add("--data", metavar="FILE", help="preference pairs; random tokens without")
+    add("--pairs", type=_positive, default=4, metavar="N", help="the first N of them (default: 4)")
+    add("--max-length", type=_positive, default=512, metavar="N", help="of a row (default: 512)")
+    add("--tokenizer", metavar="T", help="folder or name, if not that of the model")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    add("--load-in-4bit", action="store_true", help="nf4 weights of bitsandbytes; implies --lora")
+    add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
+    add("--attn-implementation", metavar="NAME", help="as transformers takes it")
+    add("--adapter", metavar="PATH", help="PEFT adapter, whose gradients are compared then")
+    add("--lora", action="store_true", help="the same with a new LoRA adapter on all layers")
+    add("--gradient-checkpointing", action="store_true")
+    add("--no-gradients", action="store_true", help="compare results alone, without backward")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add(
+        "--backend",
+        choices=CHOICES["backend"],
+        default="auto",
+        metavar="NAME",
+        help="attention backend, as of run",
+    )
+    add("--repeats", type=_positive, default=3, metavar="N", help="for time (default: 3)")
+    add("--seed", type=int, default=0, help="of random pairs and of --lora")
+    add("--json", action="store_true", help="print all figures as JSON")
+
+
+def main(arguments: argparse.Namespace) -> NoReturn:
+    import torch
+
+    try:
+        code = _verify(arguments)
+    except torch.OutOfMemoryError as error:
+        code = _fail(BAD_INPUT, f"out of memory; lower --pairs or --max-length ({error})")
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        code = _fail(BAD_INPUT, f"out of memory; lower --pairs or --max-length ({error})")
+    sys.exit(code)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from hf_prefix_patch import DataCollatorWithPrefixSharing
+    from hf_prefix_patch.comparison import compare_sharing
+    from hf_prefix_patch.loading import load_model
+    from hf_prefix_patch.patch import enable_prefix_sharing
+
+    torch.manual_seed(arguments.seed)
+    try:
+        read = _read_pairs(arguments) if arguments.data else None
+        model: Any = load_model(
+            arguments.model,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            load_in_4bit=arguments.load_in_4bit,
+            attn_implementation=arguments.attn_implementation,
+            adapter=arguments.adapter,
+            lora=arguments.lora or (arguments.load_in_4bit and arguments.adapter is None),
+            gradient_checkpointing=arguments.gradient_checkpointing,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        return _fail(BAD_INPUT, error)
+    config = model.config.get_text_config()
+    limit = min(arguments.max_length, getattr(config, "max_position_embeddings", None) or 10**9)
+    pairs = read or random_pairs(model.config, arguments.pairs, limit, arguments.seed)
+    padding = next((x for x in (config.pad_token_id, config.eos_token_id) if _is_id(x)), 0)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = padding  # classifiers look for the end of a row by it
+    try:
+        batch = DataCollatorWithPrefixSharing(padding, max_length=limit)(pairs)
+    except ValueError as error:
+        return _fail(BAD_INPUT, error)
+    known, largest = model.get_input_embeddings().num_embeddings, int(batch["input_ids"].max())
+    if largest >= known:
+        return _fail(
+            BAD_INPUT,
+            f"the pairs have the token {largest}, but the model knows {known}, counted from 0; "
+            "give the tokenizer that belongs to it by --tokenizer",
+        )
+    tree: Any = batch["input_ids"].prefix_tree
+    if tree.packed_tokens == tree.row_tokens:
+        return _fail(
+            UNPROVED,
+            "no two rows of these pairs share a token, so comparing would prove nothing; give "
+            "pairs whose chosen and rejected answers belong to one prompt",
+        )
+    try:
+        enable_prefix_sharing(model, backend=arguments.backend).remove()
+        found = compare_sharing(
+            model,
+            batch,
+            backend=arguments.backend,
+            gradients=not arguments.no_gradients,
+            repeats=arguments.repeats,
+        )
+    except NotImplementedError as refusal:
+        return _fail(REFUSED, refusal)
+    except ValueError as error:
+        return _fail(BAD_INPUT, error)
+    except RuntimeError as error:
+        if not str(error).startswith("verification of prefix sharing failed"):
+            raise
+        return _fail(DIFFERENT, error)
+    show = _show_json if arguments.json else _show
+    show(arguments, model, found, batch)
+    return _CODES[found.verdict]
+
+
+def _read_pairs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from hf_prefix_patch import tokenize_preferences
+    from hf_prefix_patch.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, arguments.trust_remote_code)
+    pairs = tokenize_preferences(
+        arguments.data, tokenizer, max_length=arguments.max_length, progress=sys.stderr.isatty()
+    )
+    if not pairs:
+        raise ValueError(
+            f"the prompts in {arguments.data} alone fill --max-length {arguments.max_length}; "
+            "raise it"
+        )
+    return list(pairs[: arguments.pairs])
+
+
+def random_pairs(
+    config: Any, pairs: int, max_length: int, seed: int = 0
+) -> list[dict[str, list[int]]]:
+    """Preference pairs of random tokens, no special ones among them.
+
+    Prompts take an eighth to a half of `max_length` and answers up to a fourth, both of lengths of
+    their own; the second pair has the prompt of the first.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    values = {**config.to_dict(), **config.get_text_config().to_dict()}
+    special = {x for name, x in values.items() if name.endswith(("token_id", "token_index"))}
+    vocab = values["vocab_size"]
+    ids = torch.tensor([i for i in range(vocab) if i not in special])
+
+    def draw(least: int, most: int) -> list[int]:
+        length = int(torch.randint(max(1, least), max(1, most) + 1, (), generator=generator))
+        found: list[int] = ids[torch.randint(len(ids), (length,), generator=generator)].tolist()
+        return found
+
+    made: list[dict[str, list[int]]] = []
+    for i in range(pairs):
+        prompt = made[0]["prompt_ids"] if i == 1 else draw(max_length // 8, max_length // 2)
+        chosen, rejected = (draw(max_length // 16, max_length // 4) for _ in range(2))
+        made.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    return made
+
+
+def _show_json(arguments: argparse.Namespace, model: Any, found: Comparison, batch: Any) -> None:
+    about = {
+        "model": arguments.model,
+        "data": arguments.data,
+        "pairs": len(batch["input_ids"]) // 2,
+    }
+    print(json.dumps(about | {"device": str(model.device)} | found.to_dict(), indent=2))
+
+
+def _show(arguments: argparse.Namespace, model: Any, found: Comparison, batch: Any) -> None:
+    from hf_prefix_patch.wrappers import unwrap
+
+    name, source = type(unwrap(model)).__name__, arguments.data or "random tokens"
+    print(f"{arguments.model}: {name}, {found.dtype} on {model.device}, backend {found.backend}")
+    rows, length = batch["input_ids"].shape
+    print(f"{rows // 2} pairs of {source}, rows of up to {length} tokens\n")
+    print(f"{'':38}{'difference':>12}{'own noise':>12}{'allowed':>12}")
+    for label, difference in found.differences.items():
+        _row(f"{found.quantity} of {label}", difference)
+    if found.worst_gradient is not None:
+        name, worst = found.worst_gradient
+        usual = sorted(found.gradients.values(), key=lambda x: x.error)[len(found.gradients) // 2]
+        _row(f"gradients, median of {len(found.gradients)} tensors", usual)
+        _row("gradients, worst tensor", worst)
+        print(f"  {name}")
+    print()
+    print(
+        f"tokens: {found.row_tokens} in rows, {found.padded_tokens} with padding, "
+        f"{found.packed_tokens} packed: {_ratio(found.padded_tokens, found.packed_tokens)}, "
+        f"{_ratio(found.row_tokens, found.packed_tokens)} by sharing alone"
+    )
+    seconds = [median(x) for x in (found.unshared_seconds, found.shared_seconds)]
+    print(f"time:   {seconds[0]:.3g} s unshared, {seconds[1]:.3g} s shared: {_ratio(*seconds)}")
+    mebibytes = [x / 2**20 for x in (found.unshared_bytes, found.shared_bytes)]
+    kind = "allocated" if model.device.type == "cuda" else "in tensors"
+    print(
+        f"memory: {_mebibytes(mebibytes[0])} {kind} unshared, {_mebibytes(mebibytes[1])} shared: "
+        f"{_ratio(*mebibytes)}\n"
+    )
+    for line in _conclusion(found):
+        print(line)
+
+
+def _conclusion(found: Comparison) -> Sequence[str]:
+    if found.verdict == "mismatch":
+        wrong = [
+            f"  {name}: {x.error:.1e}, where noise explains {x.allowed:.1e}"
+            for name, x in list(found.mismatches.items())[:_SHOWN]
+        ]
+        rest = len(found.mismatches) - len(wrong)
+        more = [f"  and {rest} more"] if rest else []
+        return [
+            "NOT EQUAL: shared results differ by more than the model's own noise:",
+            *wrong,
+            *more,
+        ]
+    if found.verdict == "too noisy":
+        return [
+            "NOTHING PROVED: the model's own noise is as large as what it computes; take "
+            "--dtype float32, or other pairs"
+        ]
+    lines = []
+    if found.unjudged:
+        lines = [
+            f"{len(found.unjudged)} tensors have gradients that are noise throughout, such as "
+            f"{found.unjudged[0]}; of these nothing is said"
+        ]
+    what = f"{found.quantity} and gradients" if found.gradients else found.quantity
+    without = "" if found.gradients else "; gradients were not compared"
+    return [*lines, f"equal: {what} differ by no more than the model's own noise{without}"]
+
+
+def _row(label: str, x: Difference) -> None:
+    print(f"{label:38}{x.error:12.1e}{x.noise:12.1e}{x.allowed:12.1e}")
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value:.{0 if value >= 10 else 1}f} MiB"
+
+
+def _ratio(a: float, b: float) -> str:
+    return f"{a / b:.2f}x" if b else "-"
+
+
+def _fail(code: int, message: object) -> int:
+    print(f"hf-prefix-patch verify: {message}", file=sys.stderr)
+    return code
+
+
+def _is_id(x: Any) -> bool:
+    return isinstance(x, int) and x >= 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value

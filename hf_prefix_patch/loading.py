@@ -1,0 +1,157 @@
+"""A model and its tokenizer from a path or a name, as a training script loads them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from hf_prefix_patch.versions import DTYPE, check_loaded
+
+_LORA_RANK = 8
+_LORA_STD = 0.02  # of its second matrix, so that both have a gradient and the model stays itself
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    load_in_4bit: bool = False,
+    attn_implementation: str | None = None,
+    adapter: str | None = None,
+    lora: bool = False,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a causal LM, or a sequence classifier where the config names one.
+
+    Args:
+        source: a folder or a name on the hub.
+        dtype: `"auto"`, that of the checkpoint, or a name in torch.
+        device: None for CUDA where there is one, else the CPU.
+        load_in_4bit: the base model in nf4 of bitsandbytes with double quantisation, computing in
+            `dtype` (bfloat16 for `"auto"`).
+        attn_implementation: as transformers takes it.
+        adapter: a folder or name of a PEFT adapter, which is then what is trained.
+        lora: a new LoRA adapter on all linear layers instead.
+        gradient_checkpointing: not reentrant.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        OSError: no such model or adapter.
+        ImportError: bitsandbytes, accelerate or peft is needed and not installed.
+        ValueError: options that do not go together, a device that is not there, or a config that
+            transformers does not know.
+    """
+    if adapter is not None and lora:
+        raise ValueError("got an adapter and a new LoRA, but only one is trained; leave out one")
+    place = _device(device)
+    common = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(source, **common)
+    options: dict[str, Any] = {DTYPE: dtype, **common}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if load_in_4bit:
+        _need("bitsandbytes", "4-bit weights", "hf_prefix_patch[qlora]")
+        _need("accelerate", "4-bit weights", "accelerate")
+        options["device_map"] = {"": place}
+        options[DTYPE] = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options[DTYPE],
+        )
+    model: Any = _class_for(config).from_pretrained(source, **options)
+    if not load_in_4bit:
+        model = model.to(place)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if adapter is not None or lora:
+        model = _with_adapter(model, adapter)
+    trained: nn.Module = model
+    return trained
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint is a sequence classifier, as reward models are."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def _class_for(config: PretrainedConfig) -> Any:
+    if is_classifier(config):
+        return AutoModelForSequenceClassification
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map") or named is None:
+        return AutoModelForCausalLM
+    return named  # what it is refused for says more than that it is no causal LM
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, but must be cpu, cuda or cuda:N ({error})") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here; "
+            "install a build of PyTorch with CUDA, or take the CPU"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, counted "
+            "from 0"
+        )
+    return device
+
+
+def _need(package: str, what: str, install: str) -> None:
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"{what} need the package {package}, which is not installed; run "
+            f"`pip install '{install}'`"
+        )
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
+    _need("peft", "adapters", "peft")
+    import peft
+
+    check_loaded("peft")
+    if adapter is not None:
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    task = "SEQ_CLS" if is_classifier(model.config) else "CAUSAL_LM"
+    config = peft.LoraConfig(
+        r=_LORA_RANK, lora_alpha=_LORA_RANK, target_modules="all-linear", task_type=task
+    )
+    wrapped = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=_LORA_STD)
+    return wrapped
