@@ -75,13 +75,14 @@ def _check_other_patch(backbone: PreTrainedModel) -> None:
     decoder, name = decoder_of(backbone), type(backbone).__name__
     if decoder is not backbone and patch_of(decoder) is not None:
         raise RuntimeError(
-            f"the text decoder of this {name} is shared by itself already; call "
-            "disable_prefix_sharing on the decoder first"
+            f"the text decoder of this {name} is shared by itself already, and only one "
+            "of the two can be; call disable_prefix_sharing on the decoder first"
         )
     if pack_embeddings in backbone._forward_pre_hooks.values() and decoder is backbone:
         raise RuntimeError(
-            f"this {name} is shared already, as the text decoder of a composite; call "
-            "disable_prefix_sharing on the composite first, or leave it at that"
+            f"this {name} is shared already, as the text decoder of a composite, and only one of "
+            "the two can be; call disable_prefix_sharing on the composite first, or leave it at "
+            "that"
         )
 
 

@@ -18,7 +18,7 @@ from hf_prefix_patch.backends.base import Backend
 from hf_prefix_patch.backends.flex import FLEX
 from hf_prefix_patch.backends.sdpa import SDPA
 from hf_prefix_patch.backends.varlen import FLASH, TORCH_VARLEN
-from hf_prefix_patch.support import sliding_window
+from hf_prefix_patch.features import sliding_window
 
 NAME = "prefix_sharing"
 """The name in transformers' attention registry."""

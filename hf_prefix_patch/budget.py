@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ class TokenBudget:
 
     Raises:
         ValueError: an option of the trainer that chooses batches too; and as the sampler.
-        TypeError, KeyError: as the sampler.
+        TypeError: as the sampler.
     """
 
     def __init__(self, trainer: Any, max_tokens: int, options: Mapping[str, Any]) -> None:
@@ -51,6 +52,7 @@ class TokenBudget:
             "num_replicas": trainer.accelerator.num_processes,
             "progress": not args.disable_tqdm,
         }
+        _check_sampler_options(options)
         options = ours | dict(options)
         try:
             self.sampler = PrefixSharingBatchSampler(trainer.train_dataset, max_tokens, **options)
@@ -221,6 +223,17 @@ def _check_arguments(trainer: Any) -> None:
         )
     if trainer.train_dataset is None:
         raise ValueError("max_tokens_per_batch needs a trainer with a train_dataset; give it one")
+
+
+def _check_sampler_options(options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(PrefixSharingBatchSampler).parameters
+    known = sorted(parameters.keys() - {"data", "max_tokens", "num_replicas", "rank"})
+    unknown = sorted(map(str, options.keys() - set(known)))
+    if unknown:
+        raise ValueError(
+            f"sampler_options has {unknown}, but in a trainer may have some of {known}; leave the "
+            "others out: max_tokens is max_tokens_per_batch, and ranks are dealt out by accelerate"
+        )
 
 
 def _packed_tokens(batch: Mapping[str, Any], names: list[str]) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,6 +22,7 @@ from hf_prefix_patch.columns import (
     check_truncation_mode,
     rows_of,
 )
+from hf_prefix_patch.options import check_counts
 from hf_prefix_patch.planned import PlannedTensor, attach_plan
 from hf_prefix_patch.plans import ROW_INPUTS, Plan
 from hf_prefix_patch.tree import PrefixTree
@@ -67,8 +71,9 @@ class DataCollatorWithPrefixSharing:
         layout: `"rows"` or `"packed"`.
 
     Raises:
-        ValueError: an unknown option, no examples, or examples with no token to train on.
-        KeyError: examples without the columns above.
+        ValueError: an option out of range, no examples, examples without the columns above or
+            with no token at all, or reference log-probs that only some have or that are not finite.
+        TypeError: an option or a column of another type.
 
     Example:
         >>> collator = DataCollatorWithPrefixSharing(pad_token_id=0)
@@ -94,27 +99,61 @@ class DataCollatorWithPrefixSharing:
     def __post_init__(self) -> None:
         check_truncation_mode(self.truncation_mode)
         if self.layout not in get_args(Layout):
-            raise ValueError(f"layout is {self.layout!r}, but must be one of {get_args(Layout)}")
+            raise ValueError(
+                f"layout is {self.layout!r}, but must be one of {get_args(Layout)}; leave it out "
+                "for rows"
+            )
         if self.pad_token_id is None and self.layout == "rows":
             raise ValueError(
                 "pad_token_id is None, but rows are filled up with it; pass the tokenizer's "
                 "pad_token_id or, if it has none, its eos_token_id"
             )
-        for name in ("max_length", "pad_to_multiple_of"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1, or None")
+        if self.pad_token_id is not None and (
+            isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, Integral)
+        ):
+            raise TypeError(
+                f"pad_token_id is {self.pad_token_id!r}, but must be a token id, an integer; pass "
+                "tokenizer.pad_token_id"
+            )
+        if self.pad_token_id is not None and int(self.pad_token_id) < 0:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}, but must be a token id from 0 on, as the "
+                "model embeds padding too; pass tokenizer.pad_token_id"
+            )
+        check_counts(max_length=self.max_length, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> MutableMapping[str, Any]:
         """Collate `B` examples; see the class."""
+        given: Any = examples
+        if isinstance(given, Mapping):
+            raise TypeError(
+                f"got a mapping with the keys {sorted(given)}, but a batch is made of a list of "
+                "examples; pass a list of mappings, one for each example"
+            )
         if not examples:
-            raise ValueError("got no examples, but a batch needs at least one")
-        by_example = [rows_of(x, self.max_length, self.truncation_mode) for x in examples]
+            raise ValueError(
+                "got no examples, but a batch needs at least one; check how batches are drawn"
+            )
+        by_example = [
+            rows_of(x, self.max_length, self.truncation_mode, f"example {i} of the batch")
+            for i, x in enumerate(examples)
+        ]
         rows = [row for column in zip(*by_example, strict=True) for row in column]
         ids, real, completion = self._pad(rows)
         plan = Plan.of_host_rows(ids, real)
         if plan.tree is None:
-            raise ValueError(f"{len(examples)} examples have {plan.reason}; leave empty ones out")
+            raise ValueError(
+                f"{len(examples)} examples have {plan.reason}, but a batch needs one; leave empty "
+                "ones out"
+            )
+        if not completion.any(1).all():
+            # As TRL's collator has it. One text, which Python's default filter shows once.
+            warnings.warn(
+                "a row has no completion token, but needs one to train on: its log-prob is 0. Its "
+                "answer is empty, or max_length cut it away; leave such pairs out, as "
+                "tokenize_preferences(max_length=...) does, or raise max_length",
+                stacklevel=2,
+            )
         passed_on = _reference_logps(examples)
         if self.layout == "packed":
             return BatchEncoding(_packed_batch(plan, ids, completion) | passed_on)
@@ -135,6 +174,9 @@ class DataCollatorWithPrefixSharing:
         Args:
             collator: takes a list of examples and returns a batch.
 
+        Raises:
+            TypeError: what cannot be called.
+
         Example:
             >>> def collator(examples):
             ...     return {"input_ids": torch.tensor(examples)}
@@ -142,6 +184,11 @@ class DataCollatorWithPrefixSharing:
             >>> batch["input_ids"].prefix_tree.packed_tokens
             4
         """
+        if not callable(collator):
+            raise TypeError(
+                f"collator is a {type(collator).__name__}, but must be a function of a list of "
+                "examples; pass a collator, or use DataCollatorWithPrefixSharing itself"
+            )
         planned = isinstance(collator, DataCollatorWithPrefixSharing | PlanningCollator)
         return collator if planned else PlanningCollator(collator)
 
@@ -194,13 +241,24 @@ def _reference_logps(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]
     for name in REFERENCE_LOGPS:
         having = sum(name in example for example in examples)
         if having == len(examples):
-            found[name] = torch.tensor([example[name] for example in examples])
+            found[name] = _finite(name, [example[name] for example in examples])
         elif having:
             raise ValueError(
                 f"{having} of {len(examples)} examples have {name}, but all or none must; compute "
                 "the reference log-probs of the others, or drop the column"
             )
     return found
+
+
+def _finite(name: str, values: list[Any]) -> Tensor:
+    for i, x in enumerate(values):
+        number = isinstance(x, Real) or (isinstance(x, Tensor | np.ndarray) and x.ndim == 0)
+        if not number or not isfinite(x):
+            raise ValueError(
+                f"{name} of example {i} of the batch is {x!r}, but must be a finite number; "
+                "compute the reference log-probs again, or drop the column"
+            )
+    return torch.tensor(values)
 
 
 def _plannable(x: Any) -> bool:

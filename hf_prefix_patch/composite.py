@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from hf_prefix_patch.bypass import PASSED_THROUGH, TOKEN_TYPES, passes_through
 from hf_prefix_patch.packed import by_name, untraced
 from hf_prefix_patch.plans import Plan
-from hf_prefix_patch.support import PASSED_THROUGH, TOKEN_TYPES, passes_through, refusal
+from hf_prefix_patch.support import refusal
 from hf_prefix_patch.tree import PrefixTree
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def decoder_of(backbone: PreTrainedModel) -> PreTrainedModel:
         raise refusal(
             type(backbone).__name__,
             "is a composite (vision- or audio-language) model without a text decoder of its own",
-            "run it unpatched",
+            "one to run on the packed row",
         )
     return decoder if decoder.config is text_config else decoder_of(decoder)
 
@@ -89,7 +90,7 @@ class PlannedCall:
             return inputs, "a mask that is not causal attention to real tokens"
         for name, x in self.token_types.items():
             if not self.packed and not _agrees(tree, x):
-                return inputs, f"{name} that differ between rows"
+                return inputs, f"input {name!r} that differs between rows"
         result = dict(inputs)
         for name, x in inputs.items():
             if name in PASSED_THROUGH and not (x is None or passes_through(decoder, name, x)):

@@ -17,6 +17,7 @@ import numpy as np
 
 from hf_prefix_patch.columns import TruncationMode, check_truncation_mode
 from hf_prefix_patch.flops import DecoderShape, Flops, step_flops
+from hf_prefix_patch.options import check_counts
 from hf_prefix_patch.pair_files import read_pairs
 from hf_prefix_patch.preferences import CUT
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
@@ -61,10 +62,8 @@ class Setting:
 
     def __post_init__(self) -> None:
         check_truncation_mode(self.truncation_mode)
-        for name in ("batch_size", "max_tokens", "max_length", "epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+        names = ("batch_size", "max_tokens", "max_length", "epochs")
+        check_counts(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,9 @@ def read_data_set(
             "tokens alone, which leaves nothing of an answer; raise max_length"
         )
     if first is None:
-        raise ValueError(f"{path} holds no example, but must hold at least one")
+        raise ValueError(
+            f"{path} holds no example, but must hold at least one; check how it is written"
+        )
     pairs = Pairs.of(chain([first], examples), max_length, truncation_mode)
     report_cuts(cuts)
     sizes = np.array(lengths)

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_prefix_patch.composite import decoder_of
-from hf_prefix_patch.support import is_attention, is_recurrent, layer_slides, sliding_window
+from hf_prefix_patch.features import is_attention, is_recurrent, layer_slides, sliding_window
 from hf_prefix_patch.wrappers import backbone_of
 
 if TYPE_CHECKING:

@@ -93,7 +93,10 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: T
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"got {shapes}, but needs [C, H] and [V, H]; flatten rows of tokens")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {list(bias.shape)}, but needs [V] = [{len(weight)}]")
+        raise ValueError(
+            f"bias has shape {list(bias.shape)}, but needs [V] = [{len(weight)}]; pass that of the "
+            "head, or None"
+        )
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
             f"target is {list(target.shape)} of {target.dtype}, but needs [C] = [{len(hidden)}] of "
@@ -101,7 +104,10 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: T
         )
     devices = {x.device for x in (hidden, weight, bias, target) if x is not None}
     if len(devices) > 1:
-        raise ValueError(f"inputs are on {sorted(map(str, devices))}; move them to one device")
+        raise ValueError(
+            f"inputs are on {sorted(map(str, devices))}, but must be on one; move them "
+            "to one device"
+        )
     if target.device.type == "cpu" and len(target):
         low, high = (int(x) for x in target.aminmax())
         if low < 0 or high >= len(weight):
@@ -115,7 +121,10 @@ def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
     """What `F.linear` would compute in."""
     dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
     if not all(dtype.is_floating_point for dtype in dtypes):
-        raise ValueError(f"got {sorted(map(str, dtypes))}, but hidden and weight must be floating")
+        raise ValueError(
+            f"got {sorted(map(str, dtypes))}, but hidden and weight must be floating; "
+            "pass hidden states, not ids"
+        )
     autocast = autocast_dtype(hidden.device)
     if autocast is not None and torch.float64 not in dtypes:
         return autocast

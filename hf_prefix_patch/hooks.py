@@ -9,17 +9,20 @@ checkpointed layers run again in backward, when any state outside the call has m
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.attention import EMPTY_MASK, NAME
+from hf_prefix_patch.attention import EMPTY_MASK
 from hf_prefix_patch.backends.base import Needs
+from hf_prefix_patch.bypass import CACHE_BY_DEFAULT, advice, bypass_reason
 from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embeddings
+from hf_prefix_patch.config_views import give_views, restore_configs
+from hf_prefix_patch.features import learned_positions, rope_depends_on_length
+from hf_prefix_patch.guards import ask_in_backward, check_ids, check_range
+from hf_prefix_patch.outputs import unpack_output
 from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
 from hf_prefix_patch.planned import plan_of
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, ROW_INPUTS, Plan, forget, recall_plan
@@ -34,14 +37,6 @@ from hf_prefix_patch.selection import (
     structure_of,
 )
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.support import (
-    ADVICE,
-    CACHE_BY_DEFAULT,
-    bypass_reason,
-    is_attention,
-    layer_slides,
-    rope_depends_on_length,
-)
 from hf_prefix_patch.tree import PrefixTree
 
 OnBypass = Literal["warn", "ignore", "raise"]
@@ -58,6 +53,7 @@ class BackbonePatch:
         decoder = decoder_of(backbone)
         self.configure(backend, on_bypass)
         self._structure = structure_of(decoder)
+        self.positions = learned_positions(decoder)
         self._seen: dict[State, Seen] = {}
         self.last: Selection | None = None  # of the last shared call
         self._selections: dict[tuple[str, Needs], Selection] = {}
@@ -67,7 +63,7 @@ class BackbonePatch:
         self._hooks: list[Any] = []
         self.recurrence: TreeRecurrence | None = None
         setattr(backbone, _STATE, self)  # first: it is what undoes the rest
-        _swap_attention_configs(decoder)
+        give_views(decoder)
         self._hooks.append(backbone.register_forward_pre_hook(pack_rows, with_kwargs=True))
         if decoder is not backbone:
             self._hooks.append(decoder.register_forward_pre_hook(pack_embeddings, with_kwargs=True))
@@ -91,10 +87,7 @@ class BackbonePatch:
         self.recurrence = None
         for hook in self._hooks:
             hook.remove()
-        for module in backbone.modules():
-            config: Any = getattr(module, "config", None)
-            if hasattr(config, "prefix_sharing_original"):
-                module.config = config.prefix_sharing_original
+        restore_configs(backbone)
         delattr(backbone, _STATE)
         forget()
 
@@ -148,8 +141,7 @@ class BackbonePatch:
         self.stats.bypassed[reason] += 1
         if reason == NOTHING_TO_GAIN or not (training or reason == CACHE_BY_DEFAULT):
             return
-        advice = ADVICE.get(reason, "see the table of bypassed calls in docs/limits.md")
-        message = f"prefix sharing is bypassed: {reason}. To share such a call, {advice}."
+        message = f"prefix sharing is bypassed: {reason}. To share such a call, {advice(reason)}."
         if self.on_bypass == "raise":
             raise RuntimeError(message)
         if self.on_bypass == "warn" and reason not in self.warned:
@@ -195,6 +187,8 @@ def pack_rows(
         plan, inputs = take_packed(backbone, inputs)
     else:
         plan = _plan_rows(backbone, patch, inputs)
+    if decoder_of(backbone) is backbone:  # composites replace ids and positions
+        check_range(backbone, plan, patch.positions)
     training = backbone.training and torch.is_grad_enabled()
     if training:
         patch.watch(plan.tree)
@@ -214,6 +208,7 @@ def pack_rows(
 
 def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str, Any]) -> Plan:
     """The plan that the rows of a call carry, or else one made for them."""
+    check_ids(inputs.get("input_ids"))
     reason = bypass_reason(backbone, inputs, patch.cache_by_default)
     if reason is not None:
         return Plan(None, reason)
@@ -231,8 +226,14 @@ def unpack_rows(
     backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     """Forward hook: give everything that the decoder stack returns back as rows."""
+    if kwargs.get("tree_backend") is not None:
+        ask_in_backward(backbone, output[0], _is_hooked)
     rows: _Rows | None = kwargs.get("tree_rows")
-    return output if rows is None else _unpack_output(rows.tree, output)
+    return output if rows is None else unpack_output(rows.tree, output)
+
+
+def _is_hooked(decoder: PreTrainedModel) -> bool:
+    return unpack_rows in decoder._forward_hooks.values()
 
 
 class _Rows:
@@ -241,60 +242,3 @@ class _Rows:
 
     def __init__(self, tree: PrefixTree) -> None:
         self.tree = tree
-
-
-def _unpack_output(tree: PrefixTree, output: Any) -> Any:
-    if isinstance(output, Tensor):
-        if output.shape[:2] == (1, tree.packed_tokens):
-            return tree.unpack(output)
-        if output.shape[1:3] == (1, tree.packed_tokens):  # Gemma 3n stacks several hidden states
-            return torch.stack([tree.unpack(x) for x in output])
-        if output.shape[:1] == (tree.packed_tokens,):  # router logits: [N, experts]
-            return tree.unpack(output[None]).flatten(0, 1)
-        return output
-    if isinstance(output, dict):  # ModelOutput
-        output = copy.copy(output)
-        for name, value in output.items():
-            output[name] = _unpack_output(tree, value)
-        return output
-    if isinstance(output, tuple | list):
-        return type(output)(_unpack_output(tree, x) for x in output)
-    return output
-
-
-class _SharedAttentionConfig:
-    """A model's config as its attention modules see it: another attention function, all else live.
-
-    The model's own config stays as the user set it: saving, mask creation and models built from it
-    never see a difference.
-
-    Attributes:
-        prefix_sharing_original: the model's config.
-        prefix_sharing_slides: whether the modules with this view have a sliding window; None if
-            they do not say which layer they are.
-    """
-
-    _attn_implementation = _attn_implementation_internal = NAME
-
-    def __init__(self, original: Any, slides: bool | None) -> None:
-        self.prefix_sharing_original = original
-        self.prefix_sharing_slides = slides
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith(("prefix_sharing", "__")):  # before __init__: copying
-            raise AttributeError(name)
-        return getattr(self.prefix_sharing_original, name)
-
-
-def _swap_attention_configs(backbone: PreTrainedModel) -> None:
-    # One view for all layers of a kind: compiled code is made for each object it sees.
-    views: dict[tuple[int, bool | None], _SharedAttentionConfig] = {}
-    for module in backbone.modules():
-        config: Any = getattr(module, "config", None)
-        if config is None or module is backbone or not is_attention(module):
-            continue
-        layer = getattr(module, "layer_idx", None)
-        slides = None if layer is None else layer_slides(config, layer)
-        key = id(config), slides
-        view: Any = views.setdefault(key, _SharedAttentionConfig(config, slides))
-        module.config = view

@@ -52,16 +52,15 @@ def load_model(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        OSError: no such model or adapter.
+        OSError: no such weights or adapter.
         ImportError: bitsandbytes, accelerate or peft is needed and not installed.
-        ValueError: options that do not go together, a device that is not there, or a config that
-            transformers does not know.
+        ValueError: no such model, options that do not go together, or a device that is not there.
     """
     if adapter is not None and lora:
         raise ValueError("got an adapter and a new LoRA, but only one is trained; leave out one")
     place = _device(device)
     common = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(source, **common)
+    config = load_config(source, trust_remote_code)
     options: dict[str, Any] = {DTYPE: dtype, **common}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -91,9 +90,29 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer.
 
     Raises:
-        OSError, ValueError: there is none.
+        ValueError: there is none.
     """
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return _load(AutoTokenizer, source, trust_remote_code, "tokenizer", "tokenizer.json")
+
+
+def load_config(source: str, trust_remote_code: bool = False) -> Any:
+    """Load a model's config, from a file too.
+
+    Raises:
+        ValueError: there is none, or transformers does not know it.
+    """
+    return _load(AutoConfig, source, trust_remote_code, "config", "config.json")
+
+
+def _load(auto: Any, source: str, trust_remote_code: bool, what: str, file: str) -> Any:
+    try:
+        return auto.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"no {what} could be loaded from {source!r}; give a folder with {file} or a name on "
+            f"the hub ({reason})"
+        ) from error
 
 
 def is_classifier(config: PretrainedConfig) -> bool:
@@ -115,8 +134,10 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}, but must be cpu, cuda or cuda:N ({error})") from None
+    except RuntimeError:
+        raise ValueError(
+            f"device is {name!r}, but must be cpu, cuda or cuda:N; give one of these"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here; "
@@ -125,7 +146,7 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, counted "
-            "from 0"
+            "from 0; give one of these"
         )
     return device
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.columns import REFERENCE_LOGPS
+from hf_prefix_patch.completions import CompletionTokens, completion_tokens
 from hf_prefix_patch.head import linear_logps
 from hf_prefix_patch.hooks import patch_of
 from hf_prefix_patch.packed import LOSS_INPUTS, is_packed
@@ -45,9 +46,9 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Any], per_token: bool
         another.
 
     Raises:
-        TypeError: `model` holds no causal LM.
-        ValueError: `batch` says nothing of completions, or the model was made to give its head a
-            part of the hidden states (`logits_to_keep`).
+        TypeError: `model` holds no causal LM, or `batch` is no mapping of tensors.
+        ValueError: `batch` says nothing of completions, its rows do not fit together, or the model
+            was made to give its head a part of the hidden states (`logits_to_keep`).
         RuntimeError: a packed batch for a model that is not patched, or a model that did not call
             its LM head.
         NotImplementedError: a model that changes its logits after the LM head in another way than
@@ -66,6 +67,11 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Any], per_token: bool
         >>> chosen.shape, rejected.shape
         (torch.Size([1]), torch.Size([1]))
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch is a {type(batch).__name__}, but must be a mapping with input_ids and "
+            "completion_mask; pass what DataCollatorWithPrefixSharing makes"
+        )
     causal_lm = unwrap(model, check=False)
     head: Any = causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Module):
@@ -78,7 +84,7 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Any], per_token: bool
             f"the batch is a packed row, but {type(causal_lm).__name__} does not share prefixes; "
             "call enable_prefix_sharing(model) first, or use a collator with layout='rows'"
         )
-    tokens = _completion_tokens(batch)
+    tokens = completion_tokens(batch)
     inputs = {name: x for name, x in batch.items() if name not in _NOT_FOR_THE_MODEL}
     if getattr(causal_lm.config, "output_router_logits", False):
         inputs.setdefault("output_router_logits", False)  # nobody sees them
@@ -91,45 +97,6 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Any], per_token: bool
     row = torch.arange(len(lengths), device=logps.device)
     row = row.repeat_interleave(lengths, output_size=len(logps))
     return logps.new_zeros(len(lengths)).index_add(0, row, logps)
-
-
-class _Tokens(NamedTuple):
-    """Completion tokens of a batch.
-
-    Attributes:
-        cells: `[U]`, where the hidden state that predicts each distinct one is, rows end to end.
-        labels: `[U]`, the tokens.
-        repeated: `[C]`, for each one, row by row, which of the `U` it is; None if `U` is `C`.
-        lengths: `[R]`, how many each row has.
-    """
-
-    cells: Tensor
-    labels: Tensor
-    repeated: Tensor | None
-    lengths: Tensor
-
-
-def _completion_tokens(batch: Mapping[str, Any]) -> _Tokens:
-    if all(name in batch for name in LOSS_INPUTS):
-        return _Tokens(*(batch[name] for name in LOSS_INPUTS))
-    if "completion_mask" not in batch or "input_ids" not in batch:
-        raise ValueError(
-            f"the batch has {sorted(batch)}, but needs input_ids and completion_mask [R, L], or "
-            f"{list(LOSS_INPUTS)}; use DataCollatorWithPrefixSharing"
-        )
-    ids, mask = batch["input_ids"], batch["completion_mask"]
-    if ids.shape != mask.shape:
-        raise ValueError(
-            f"completion_mask has shape {list(mask.shape)}, but input_ids {list(ids.shape)}; both "
-            "must be the rows of one batch"
-        )
-    real = batch.get("attention_mask")
-    predicted = mask != 0 if real is None else (mask != 0) & (real != 0)
-    predicted[:, 0] = False
-    if real is not None:
-        predicted[:, 1:] &= real[:, :-1] != 0
-    cells = predicted.flatten().nonzero()[:, 0]
-    return _Tokens(cells - 1, ids.flatten()[cells], None, predicted.sum(1))
 
 
 def logit_options(config: Any) -> tuple[float, float | None]:
@@ -160,7 +127,9 @@ class _HeadCall:
     log-probs go past their hooks with it: they board it in the first hook, and alight in the last.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, head: nn.Module, tokens: _Tokens) -> None:
+    def __init__(
+        self, causal_lm: PreTrainedModel, head: nn.Module, tokens: CompletionTokens
+    ) -> None:
         self._name, self._head, self._tokens = type(causal_lm).__name__, head, tokens
         self._options = logit_options(causal_lm.config)
         self._cells = 0  # hidden states of the call

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import EMPTY_MASK
+from hf_prefix_patch.bypass import bypass_reason
 from hf_prefix_patch.columns import REFERENCE_LOGPS
 from hf_prefix_patch.planned import common_plan
 from hf_prefix_patch.plans import Plan
-from hf_prefix_patch.support import bypass_reason
 from hf_prefix_patch.tree import PrefixTree
 
 LOSS_INPUTS = ("logit_index", "logit_labels", "completion_index", "completion_lengths")
@@ -68,12 +68,12 @@ def take_packed(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Plan
             "tokens are real and the descriptors say what they see; leave it out"
         )
     described = {name: inputs.get(name) for name in ("position_ids", *_DESCRIPTORS)}
-    plan = common_plan({"input_ids": ids, **described}) or _plan_of_descriptors(described)
+    plan = common_plan({"input_ids": ids, **described}) or _plan_of_descriptors(ids, described)
     assert plan.tree is not None
     if plan.tree.packed_tokens != ids.shape[1]:
         raise ValueError(
-            f"input_ids hold {ids.shape[1]} packed tokens, but the tree_* descriptors "
-            f"{plan.tree.packed_tokens}; pass those of the same batch"
+            f"input_ids hold {ids.shape[1]} packed tokens, but the tree_* descriptors must fit and "
+            f"are for {plan.tree.packed_tokens}; pass those of the same batch"
         )
     rest: dict[str, Any] = {name: x for name, x in inputs.items() if name not in _OURS}
     rest["input_ids"] = ids.as_subclass(Tensor)
@@ -92,10 +92,13 @@ def take_packed(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Plan
     return plan, rest
 
 
-def _plan_of_descriptors(described: dict[str, Any]) -> Plan:
+def _plan_of_descriptors(ids: Tensor, described: dict[str, Any]) -> Plan:
     missing = [name for name, x in described.items() if x is None]
     if missing:
         raise ValueError(
-            f"a packed row came without {missing}; pass all of PrefixTree.model_kwargs()"
+            f"a packed row came without {missing}, but needs all descriptors; pass all of "
+            "PrefixTree.model_kwargs()"
         )
-    return Plan(PrefixTree.from_descriptors(**described), None)
+    tree = PrefixTree.from_descriptors(**described)
+    largest = -1 if ids.is_meta else int(ids.max())
+    return Plan(tree, None, largest_id=largest, largest_position=int(tree.position_ids.max()))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.attach import share_model
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.hooks import OnBypass, patch_of
+from hf_prefix_patch.options import check_counts, check_switches
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.selection import Selection
 from hf_prefix_patch.stats import SharingStats
@@ -148,7 +149,7 @@ def enable_prefix_sharing(
         `.sampler`.
 
     Raises:
-        TypeError: `target` holds no `PreTrainedModel`.
+        TypeError: `target` holds no `PreTrainedModel`, or an option is of another type.
         ValueError: an unknown backend or option, an option for trainers without one, a pair that
             exceeds `max_tokens_per_batch`, or `keep_groups` where there is nothing to keep.
         NotImplementedError: a model, an adapter or a trainer option that cannot be shared exactly,
@@ -170,6 +171,7 @@ def enable_prefix_sharing(
         (torch.Size([2, 4, 64]), 8, 5)
     """
     check_options(backend, on_bypass)
+    check_switches(verify=verify)
     _check_trainer_options(
         target,
         log_metrics=log_metrics,
@@ -216,14 +218,21 @@ def check_options(backend: str, on_bypass: str) -> None:
     Raises:
         ValueError: an unknown backend, or an unknown thing to do about bypassed calls.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        names = sorted(BACKENDS)
-        raise ValueError(f"backend is {backend!r}, but must be 'auto' or one of {names}")
+    names = ["auto", *sorted(BACKENDS)]
+    if backend not in names:
+        raise ValueError(
+            f"backend is {backend!r}, but must be one of {names}; leave it out for 'auto'"
+        )
     if on_bypass not in get_args(OnBypass):
-        raise ValueError(f"on_bypass is {on_bypass!r}, but must be one of {get_args(OnBypass)}")
+        raise ValueError(
+            f"on_bypass is {on_bypass!r}, but must be one of {get_args(OnBypass)}; leave it out "
+            "for 'warn'"
+        )
 
 
 def _check_trainer_options(target: Any, **options: Any) -> None:
+    check_switches(log_metrics=options["log_metrics"], keep_groups=options["keep_groups"])
+    check_counts(max_tokens_per_batch=options["max_tokens_per_batch"])
     given = [name for name, value in options.items() if value is not None and value is not False]
     if given and not is_trainer(target):
         raise ValueError(
@@ -232,7 +241,15 @@ def _check_trainer_options(target: Any, **options: Any) -> None:
             "handle.stats and use PrefixSharingBatchSampler"
         )
     if "sampler_options" in given and "max_tokens_per_batch" not in given:
-        raise ValueError("sampler_options are for max_tokens_per_batch; give that too")
+        raise ValueError(
+            f"sampler_options={options['sampler_options']!r} need max_tokens_per_batch, whose "
+            "sampler they are for; give that too"
+        )
+    if not isinstance(options["sampler_options"], Mapping | None):
+        raise TypeError(
+            f"sampler_options is {options['sampler_options']!r}, but must be a mapping of "
+            'arguments of PrefixSharingBatchSampler; pass such as {"oversized": "skip"}'
+        )
 
 
 def disable_prefix_sharing(target: Any) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_prefix_patch.backends.base import Backend, Needs
-from hf_prefix_patch.tree import ArrayLike, PrefixTree, has_holes, host_rows
+from hf_prefix_patch.rows import ArrayLike, has_holes, host_rows
+from hf_prefix_patch.tree import PrefixTree
 
 NOTHING_TO_GAIN = "nothing to gain"
 ROW_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -27,12 +28,16 @@ class Plan:
         reason: why the rows must run as they are; None if they can be packed.
         padded_beyond: whether a padded cell has a larger position than every token.
         padded_before: whether a row begins with padding.
+        largest_id, largest_position: of the real tokens; -1 where there is no tree, or they were
+            not looked at.
     """
 
     tree: PrefixTree | None
     reason: str | None
     padded_beyond: bool = False
     padded_before: bool = False
+    largest_id: int = -1
+    largest_position: int = -1
     _moved: dict[torch.device, PrefixTree] = field(default_factory=dict)
     _of_backends: dict[tuple[Backend, Needs], dict[str, Any]] = field(default_factory=dict)
 
@@ -60,9 +65,10 @@ class Plan:
         tree = PrefixTree.from_host_rows(ids, mask, positions)
         gains = tree.packed_tokens < tree.padded_tokens
         last = ids.shape[1] - 1 if positions is None else int(positions.max())
-        beyond = last > int(tree.position_ids.max())
+        largest = int(ids.reshape(-1)[tree.source.numpy()].max()), int(tree.position_ids.max())
+        beyond = last > largest[1]
         before = bool((~mask[:, 0] & mask.any(axis=1)).any())
-        return cls(tree, None if gains else NOTHING_TO_GAIN, beyond, before)
+        return cls(tree, None if gains else NOTHING_TO_GAIN, beyond, before, *largest)
 
     def on(self, device: torch.device) -> PrefixTree:
         """The tree on the device of a call; moved once."""

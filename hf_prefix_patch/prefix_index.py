@@ -162,9 +162,8 @@ def read_index(
     """The index of a data set's rows.
 
     Raises:
-        ValueError: data without examples.
-        TypeError: data without length or indexing.
-        KeyError: data without the columns of tokenised examples.
+        ValueError: data without examples, or without the columns of tokenised ones.
+        TypeError: data without length or indexing, or with columns of another type.
     """
     if isinstance(data, Mapping | IterableDataset) or not (
         hasattr(data, "__len__") and hasattr(data, "__getitem__")
@@ -192,8 +191,8 @@ def index_examples(
     prompts: list[int] = []
 
     def rows() -> Iterator[list[np.ndarray]]:
-        for example in examples:
-            ids, length = rows_of(example)[0]
+        for i, example in enumerate(examples):
+            ids, length = rows_of(example, where=f"example {i}")[0]
             prompt = blake2b(ids[:length].tobytes()).digest()
             number = numbers.setdefault(prompt, len(numbers)) if length else -1 - len(prompts)
             prompts.append(number)

@@ -17,7 +17,7 @@ def run_file(path: str, args: list[str]) -> None:
         FileNotFoundError: there is no such file.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file {path!r}")
+        raise FileNotFoundError(f"no file {path!r}, but one is needed to run; check the path")
     absolute = os.path.abspath(path)
     with io.open_code(absolute) as file:
         code = compile(file.read(), absolute, "exec", dont_inherit=True)
@@ -57,7 +57,10 @@ def _find(name: str) -> tuple[ModuleSpec, CodeType]:
         spec = None
     code = getattr(spec.loader, "get_code", lambda _: None)(name) if spec else None
     if spec is None or code is None:
-        raise SystemExit(f"hf-prefix-patch: no module {name!r} that can be run")
+        raise SystemExit(
+            f"hf-prefix-patch: no module {name!r} that can be run, but -m needs one; give "
+            "its name with dots and without .py"
+        )
     return spec, code
 
 

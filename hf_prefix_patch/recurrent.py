@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.support import is_recurrent, refusal
+from hf_prefix_patch.features import is_recurrent
+from hf_prefix_patch.support import refusal
 
 _CARRIED = "whose state would carry the chosen response into the rejected"
 
@@ -52,7 +53,7 @@ class TreeRecurrence:
                 f"has recurrent layers, {_CARRIED}, and tree-recurrence "
                 f"{tree_recurrence.__version__} does not make them follow the tree "
                 f"({support.reason})",
-                "run it unpatched",
+                "layers that follow it",
             )
         mixers = {name for family in tree_recurrence.families() for name in family.mixers}
         self.sees_padding = any(
@@ -79,8 +80,8 @@ def recurrence_of(backbone: PreTrainedModel) -> TreeRecurrence | None:
         raise refusal(
             name,
             f"has recurrent layers, {_CARRIED}",
-            "the package tree-recurrence can make some follow the tree: "
-            "pip install hf_prefix_patch[tree]",
+            "the package tree-recurrence, which makes some follow the tree",
+            "pip install hf_prefix_patch[tree], or run it unpatched",
         )
     return TreeRecurrence(_Layers(backbone))
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prefix_patch.bypass import ADVICE
 from hf_prefix_patch.composite import decoder_of
 from hf_prefix_patch.hooks import patch_of
 from hf_prefix_patch.measuring import seconds_of
 from hf_prefix_patch.patch import PrefixSharing, enable_prefix_sharing
 from hf_prefix_patch.plans import forget
-from hf_prefix_patch.support import ADVICE, refusal
+from hf_prefix_patch.support import refusal
 from hf_prefix_patch.tree import PrefixTree
 from hf_prefix_patch.verify import compute_precision
 from hf_prefix_patch.wrappers import backbone_of, device_of, unwrap
@@ -161,7 +162,8 @@ class Runs:
     def unshared_after_all(self, bypassed: Mapping[str, int]) -> NotImplementedError:
         reason = next(iter(bypassed), "its decoder stack was not called")
         advice = ADVICE.get(reason, "see the table of bypassed calls in docs/limits.md")
-        return refusal(type(self._inner).__name__, f"ran unshared: {reason}", advice)
+        name = type(self._inner).__name__
+        return refusal(name, f"ran unshared: {reason}", "a call that is not bypassed", advice)
 
 
 def _rows(batch: Mapping[str, Tensor], device: torch.device) -> list[Tensor]:

@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from math import inf
-from numbers import Integral
 from typing import Any, Literal
 
 from torch.utils.data import Sampler
 
 from hf_prefix_patch.columns import TruncationMode, check_truncation_mode
+from hf_prefix_patch.options import check_counts, check_switches
 from hf_prefix_patch.packing import Batch, Packing
 from hf_prefix_patch.prefix_index import IndexedExamples, read_index
 
@@ -66,10 +66,10 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
         skipped: indices of the pairs that are left out as oversized.
 
     Raises:
-        ValueError: no limit or one below 1, data that is empty or too little for the ranks, a pair
-            over the budget, an unknown option, or a rank out of range.
-        TypeError: data without length or indexing, or a limit that is no integer.
-        KeyError: data without the columns of tokenised examples.
+        ValueError: no limit or one below 1, data that is empty, without the columns of tokenised
+            examples or too little for the ranks, a pair over the budget, an unknown option, or a
+            rank out of range.
+        TypeError: data without length or indexing, or an option of another type.
 
     Example:
         >>> data = [
@@ -105,7 +105,13 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
             "max_pairs": max_pairs,
             "max_pairs_per_prompt": max_pairs_per_prompt,
         }
-        _check_limits(**limits, max_length=max_length, num_replicas=num_replicas)
+        if max_tokens is None and max_pairs is None:
+            raise ValueError(
+                "neither max_tokens nor max_pairs is given, but a batch needs a limit; give the "
+                "unique tokens that fit in memory as max_tokens, or max_pairs"
+            )
+        check_counts(**limits, max_length=max_length)
+        check_switches(shuffle=shuffle, longest_first=longest_first, progress=progress)
         _check_options(truncation_mode, oversized, num_replicas, rank)
         self._num_replicas, self._rank = num_replicas, rank
         self._shuffle, self._seed, self._longest_first = shuffle, seed, longest_first
@@ -172,8 +178,13 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
         """Go on where `state_dict` was taken, given the same data and arguments.
 
         Raises:
-            ValueError: the state has more batches than an epoch.
+            ValueError: no state of a sampler, or one of more batches than an epoch has.
         """
+        if not {"epoch", "batches"} <= set(state):
+            raise ValueError(
+                f"the state has {sorted(state)}, but needs epoch and batches; give what state_dict "
+                "returned"
+            )
         epoch, batches = state["epoch"], state["batches"]
         if not 0 <= batches <= len(self):
             raise ValueError(
@@ -196,7 +207,11 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
                 f"{message}; raise max_tokens, cut rows with max_length, or leave such pairs out "
                 'with oversized="skip"'
             )
-        warnings.warn(f"{message}; they are left out", stacklevel=3)
+        warnings.warn(
+            f"{message}; they are left out; raise max_tokens or cut rows with max_length to have "
+            "them",
+            stacklevel=3,
+        )
 
     def _choose_num_batches(self) -> int:
         """Batches in every epoch: enough for any of the first ones."""
@@ -251,29 +266,19 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
         return [*longest, *chain.from_iterable(steps)]
 
 
-def _check_limits(**limits: int | None) -> None:
-    if limits["max_tokens"] is None and limits["max_pairs"] is None:
-        raise ValueError(
-            "neither max_tokens nor max_pairs is given, but a batch needs a limit; give the unique "
-            "tokens that fit in memory as max_tokens, or max_pairs"
-        )
-    for name, limit in limits.items():
-        if limit is not None and not isinstance(limit, Integral):
-            raise TypeError(
-                f"{name} is {limit!r}, but must be an integer; leave it out for no limit"
-            )
-        if limit is not None and limit < 1:
-            raise ValueError(
-                f"{name} is {limit}, but must be at least 1; leave it out for no limit"
-            )
-
-
 def _check_options(
     truncation_mode: str, oversized: str, num_replicas: int, rank: int | None
 ) -> None:
     check_truncation_mode(truncation_mode)
     if oversized not in ("raise", "skip"):
-        raise ValueError(f"oversized is {oversized!r}, but must be 'raise' or 'skip'")
+        raise ValueError(
+            f"oversized is {oversized!r}, but must be 'raise' or 'skip'; leave it out to be told"
+        )
+    check_counts(num_replicas=num_replicas)
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise TypeError(
+            f"rank is {rank!r}, but must be an integer; leave it out for the batches of all ranks"
+        )
     if rank is not None and not 0 <= rank < num_replicas:
         raise ValueError(
             f"rank is {rank}, but must lie in [0, {num_replicas - 1}] for num_replicas="

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Backend, Needs, autocast_dtype
 from hf_prefix_patch.backends.flex import FLEX
+from hf_prefix_patch.features import has_sinks, is_attention, layer_types, sliding_window
 from hf_prefix_patch.kernel_check import kernel_fault
-from hf_prefix_patch.support import has_sinks, is_attention, layer_types, sliding_window
 from hf_prefix_patch.wrappers import device_of
 
 # What configs call the dropout of attention weights.
@@ -53,7 +53,10 @@ def select(name: str, needs: Needs, model: str) -> Selection:
             if reason is None:
                 return Selection(backend, needs, passed_over | _others(backend, needs, name))
             if name == "auto":
-                message = f"prefix sharing does not use its backend {backend.name!r}: {reason}"
+                message = (
+                    f"prefix sharing does not use its backend {backend.name!r}: {reason}; the next "
+                    "one that serves is taken, and backend=... picks one by name"
+                )
                 warnings.warn(message, stacklevel=2)
         passed_over[backend.name] = reason
     if name != "auto" and unserved(BACKENDS[name], needs) is not None:
@@ -64,7 +67,7 @@ def select(name: str, needs: Needs, model: str) -> Selection:
         )
     raise RuntimeError(
         f"prefix sharing refused: no backend of {list(passed_over)} computes right results for "
-        f"this {model}: {passed_over}"
+        f"this {model}: {passed_over}; run it unpatched, or on another device or release of torch"
     )
 
 

@@ -63,25 +63,33 @@ class LaunchOptions:
             return cls()
         example = """1, or options as JSON such as '{"backend": "sdpa"}'"""
         if not isinstance(given, dict):
-            raise ValueError(f"{VARIABLE}={text!r} is set, but must be {example}")
+            raise ValueError(
+                f"{VARIABLE}={text!r} is set, but must be {example}; unset it to do without"
+            )
         types: dict[str, Any] = dict.fromkeys(("verify", "log_metrics", "keep_groups"), bool)
         types["max_tokens_per_batch"] = int | None
         names = [field.name for field in fields(cls)]
         for name, value in given.items():
             if name not in names:
                 raise ValueError(
-                    f"{VARIABLE} has an option {name!r}, but must have some of {names}"
+                    f"{VARIABLE} has an option {name!r}, but must have some of {names}; leave it "
+                    "out"
                 )
             kind: Any = types.get(name, str)
             if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
                 raise ValueError(
                     f"{VARIABLE} sets {name} to {value!r}, but must set it to a value of type "
-                    f"{getattr(kind, '__name__', kind)}, as in {example}"
+                    f"{getattr(kind, '__name__', kind)}; write it as in {example}"
                 )
             if name in CHOICES and value not in CHOICES[name]:
                 raise ValueError(
                     f"{VARIABLE} sets {name} to {value!r}, but must set it to one of "
-                    f"{CHOICES[name]}"
+                    f"{CHOICES[name]}; leave it out for {CHOICES[name][0]!r}"
+                )
+            if kind == int | None and value is not None and value < 1:
+                raise ValueError(
+                    f"{VARIABLE} sets {name} to {value}, but must set it to at least 1; leave it "
+                    "out to do without"
                 )
         return cls(**given)
 
@@ -221,8 +229,9 @@ class Switch(MetaPathFinder):
         setattr(owner, name, value)
 
     def off(self) -> None:
-        """Detach; models and trainers that were enabled stay so."""
-        sys.meta_path.remove(self)
+        """Detach; models and trainers that were enabled stay so. Twice is fine."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
         if self._launch is not None:
             self._launch.off()
         for owner, name, value in reversed(self._replaced):

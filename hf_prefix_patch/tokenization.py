@@ -15,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hf_prefix_patch.columns import REFERENCE_LOGPS, TruncationMode, check_truncation_mode
+from hf_prefix_patch.options import check_counts
 from hf_prefix_patch.pair_files import read_file, read_folder
 from hf_prefix_patch.preferences import CUT, IDS, encode
 
@@ -88,8 +89,12 @@ def tokenize_preferences(
             f"tokenizer is {tokenizer!r}, a string, but must be a tokenizer; give "
             "AutoTokenizer.from_pretrained of it"
         )
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length is {max_length}, but must be 1 or more, or None for no limit")
+    if not callable(tokenizer):
+        raise TypeError(
+            f"tokenizer is {tokenizer!r}, but must be a tokenizer of transformers; give "
+            "AutoTokenizer.from_pretrained of the model"
+        )
+    check_counts(max_length=max_length, num_proc=num_proc)
     limit = max_length if truncation_mode == "keep_start" else None
     path = Path(data) if isinstance(data, str | os.PathLike) else None
     saved = read_folder(path) if path is not None and path.is_dir() else None
@@ -104,7 +109,9 @@ def tokenize_preferences(
         items, total = _numbered(data) if path is None else _of_file(path)
         pairs, cuts = _loop(items, total, tokenizer, limit, progress)
     if not cuts:
-        raise ValueError(f"{path or 'data'} holds no example, but must hold at least one")
+        raise ValueError(
+            f"{path or 'data'} holds no example, but must hold at least one; check how it is made"
+        )
     report_cuts(cuts, len(cuts) - len(pairs), limit)
     if saved is None:
         return pairs
@@ -129,6 +136,11 @@ def _numbered(data: Any) -> tuple[Iterable[tuple[str, Any]], int | None]:
         raise TypeError(
             f"data is a {type(data).__name__} with the keys {sorted(data)}, but must be a path, a "
             "Dataset or an iterable of examples; of a DatasetDict give one split"
+        )
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"data is a {type(data).__name__}, but must be a path, a Dataset or an iterable of "
+            "examples; give one of these"
         )
     total = len(data) if isinstance(data, Sized) else None
     return ((f"example {i}", example) for i, example in enumerate(data)), total

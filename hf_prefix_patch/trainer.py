@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
 from hf_prefix_patch.groups import GroupedMicroBatches, grouping_advice
 from hf_prefix_patch.hooks import patch_of
+from hf_prefix_patch.support import REFUSED
 from hf_prefix_patch.versions import check_loaded
 from hf_prefix_patch.wrappers import backbone_of, unwrap
 
@@ -98,9 +99,9 @@ def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
     args = trainer.args
     if getattr(args, "neftune_noise_alpha", None) is not None:
         raise NotImplementedError(
-            f"prefix sharing refused: the trainer sets neftune_noise_alpha="
-            f"{args.neftune_noise_alpha}, noise whose size depends on the row length; set it to "
-            "None"
+            f"{REFUSED}the trainer sets neftune_noise_alpha={args.neftune_noise_alpha}, noise "
+            "whose size depends on the row length; sharing needs equal tokens to be embedded "
+            "alike; set it to None"
         )
     if (
         getattr(args, "precompute_ref_log_probs", False)

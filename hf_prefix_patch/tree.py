@@ -5,7 +5,6 @@ Knows numpy and torch, nothing of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -14,9 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_prefix_patch.rows import (
+    ArrayLike,
+    check_descriptor,
+    check_mask,
+    check_range,
+    has_holes,
+    host_rows,
+)
 from hf_prefix_patch.trie import trie_of_descriptors, trie_of_rows
-
-ArrayLike = Tensor | np.ndarray | Sequence[Sequence[int]]
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_POSITION = 2**32 - 1
@@ -85,29 +90,32 @@ class PrefixTree:
 
         Args:
             input_ids: `[R, L]` token ids in `[0, 2**31)` at real tokens.
-            attention_mask: `[R, L]`, non-zero at real tokens, which must be contiguous in each row
-                (any side of padding). None: every token is real.
+            attention_mask: `[R, L]`, 1 or True at real tokens, which must be contiguous in each row
+                (any side of padding), and 0 in the padding. None: every token is real.
             position_ids: `[R, L]` or `[1, L]` positions in `[0, 2**32)`. None: the column.
 
         Returns:
             The plan, its tensors on the device of `input_ids`.
 
         Raises:
-            ValueError: shapes that do not fit, a mask with holes, no real token, or an id or
-                position out of range.
+            ValueError: shapes that do not fit, a mask of other values or with holes, no real token,
+                or an id or position out of range.
+            TypeError: ids or positions that are not integers.
         """
         device = input_ids.device if isinstance(input_ids, Tensor) else torch.device("cpu")
+        if attention_mask is not None:
+            check_mask(attention_mask)
         ids, mask, positions = host_rows(input_ids, attention_mask, position_ids)
         if has_holes(mask):
             raise ValueError(
-                "attention_mask has a padded cell between real tokens; a prefix tree needs the "
-                "real tokens of each row to be contiguous. Remove the holes or pass the rows "
-                "without sharing."
+                "attention_mask has a padded cell between real tokens, but the real tokens of each "
+                "row must be contiguous; remove the tokens that are masked inside of rows, or run "
+                "these rows unshared"
             )
         if not mask.any():
             raise ValueError(
-                f"attention_mask marks no real token in {mask.shape[0]} rows of {mask.shape[1]}; "
-                "at least one is needed. Leave empty batches out."
+                f"there is no real token in {mask.shape[0]} rows of {mask.shape[1]}, but a tree "
+                "needs at least one; leave empty batches out"
             )
         return cls.from_host_rows(ids, mask, positions, device)
 
@@ -120,9 +128,9 @@ class PrefixTree:
         device: torch.device = _HOST,
     ) -> PrefixTree:
         """Plan what `host_rows` returned, without holes and with a real token."""
-        _check_range("input_ids", ids[mask], _MAX_TOKEN_ID)
+        check_range("input_ids", ids[mask], _MAX_TOKEN_ID)
         if positions is not None:
-            _check_range("position_ids", positions[mask], _MAX_POSITION)
+            check_range("position_ids", positions[mask], _MAX_POSITION)
         length = ids.shape[1]
         symbols = (ids << 32) | (np.arange(length) if positions is None else positions)
         plan = trie_of_rows(symbols, mask)
@@ -154,7 +162,8 @@ class PrefixTree:
             The plan, its tensors on the host.
 
         Raises:
-            ValueError: descriptors that do not fit the packed row or one another.
+            ValueError: descriptors that do not fit the packed row or one another, or hold no data.
+            TypeError: descriptors that are no tensors of integers.
 
         Example:
             >>> tree = PrefixTree.from_rows([[5, 6, 7], [5, 6, 9]])
@@ -163,8 +172,15 @@ class PrefixTree:
             >>> PrefixTree.from_descriptors(**kwargs).packed_index.tolist()
             [0, 1, 2, 0, 1, 3]
         """
-        given = (position_ids.reshape(-1), tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
-        host = [x.detach().cpu().numpy().astype(np.int64) for x in given]
+        given = {
+            "position_ids": position_ids,
+            "tree_kv_index": tree_kv_index,
+            "tree_cu_seqlens_q": tree_cu_seqlens_q,
+            "tree_cu_seqlens_k": tree_cu_seqlens_k,
+        }
+        for name, x in given.items():
+            check_descriptor(name, x)
+        host = [x.detach().reshape(-1).cpu().numpy().astype(np.int64) for x in given.values()]
         num_rows, row_length, plan = trie_of_descriptors(*host)
         return cls._of_arrays(num_rows, row_length, plan, _HOST)
 
@@ -215,6 +231,7 @@ class PrefixTree:
 
         Raises:
             ValueError: `x` does not begin with `[R, L]`.
+            TypeError: `x` is no tensor.
         """
         self._check_shape(x, (self.num_rows, self.row_length), "rows")
         return x.flatten(0, 1).index_select(0, self.source.to(x.device)).unsqueeze(0)
@@ -224,6 +241,7 @@ class PrefixTree:
 
         Raises:
             ValueError: `x` does not begin with `[1, N]`.
+            TypeError: `x` is no tensor.
         """
         self._check_shape(x, (1, self.packed_tokens), "the packed row")
         real = x[0].index_select(0, self.packed_index.to(x.device))
@@ -254,10 +272,15 @@ class PrefixTree:
         }
 
     def _check_shape(self, x: Tensor, lead: tuple[int, int], what: str) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"got a {type(x).__name__}, but {what} of this tree must be a tensor that begins "
+                f"with {list(lead)}; pass torch.as_tensor of it"
+            )
         if tuple(x.shape[:2]) != lead:
             raise ValueError(
-                f"got a tensor of shape {list(x.shape)}, but {what} of this tree begin with "
-                f"{list(lead)}; pass tensors of the batch that the tree was built from"
+                f"got a tensor of shape {list(x.shape)}, but {what} of this tree must begin "
+                f"with {list(lead)}; pass tensors of the batch that the tree was built from"
             )
 
 
@@ -267,47 +290,3 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
         # From pageable memory the copy would wait for the stream; this memory is kept until it ran.
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
-
-def has_holes(mask: np.ndarray) -> bool:
-    """Whether real tokens of some row of the `[R, L]` bool mask are not contiguous."""
-    starts = mask[:, 1:] & ~mask[:, :-1]
-    return bool((starts.sum(1) + mask[:, 0] > 1).any()) if mask.shape[1] else False
-
-
-def host_rows(
-    input_ids: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Ids int64, mask bool, positions int64 as `[R, L]` arrays; one copy from the device.
-
-    Positions are None, as given, where they are the columns.
-    """
-    ids = _as_rows("input_ids", input_ids)
-    given = [ids]
-    if attention_mask is not None:
-        given.append(_as_rows("attention_mask", attention_mask, ids.shape).ne(0))
-    if position_ids is not None:
-        given.append(_as_rows("position_ids", position_ids, ids.shape))
-    device = ids.device
-    host = torch.stack([x.to(device, torch.int64) for x in given]).cpu().numpy()
-    rest = iter(host[1:])
-    mask = next(rest).astype(bool) if attention_mask is not None else np.ones(ids.shape, bool)
-    return host[0], mask, next(rest, None)
-
-
-def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor:
-    rows = x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
-    if rows.ndim == 2 and shape is not None and name == "position_ids":
-        rows = rows.expand(shape) if rows.shape[0] == 1 and rows.shape[1] == shape[1] else rows
-    if rows.ndim != 2 or (shape is not None and rows.shape != shape):
-        need = "[R, L]" if shape is None else f"{list(shape)}, the shape of input_ids"
-        raise ValueError(f"{name} has shape {list(rows.shape)}, but {need} is needed")
-    return rows
-
-
-def _check_range(name: str, values: np.ndarray, largest: int) -> None:
-    if values.min() < 0 or values.max() > largest:
-        raise ValueError(
-            f"{name} of real tokens lie in [{values.min()}, {values.max()}], but must lie in "
-            f"[0, {largest}]; mask the cells that hold no token"
-        )

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.backends.base import Backend
 from hf_prefix_patch.composite import decoder_of
+from hf_prefix_patch.features import has_experts, is_bitsandbytes
 from hf_prefix_patch.hooks import BackbonePatch, patch_of
 from hf_prefix_patch.selection import Seen
 from hf_prefix_patch.sharded import whole_weights
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.support import has_experts, is_bitsandbytes
 from hf_prefix_patch.wrappers import device_of, unwrap
 
 # Largest error of a token's hidden state, relative to its norm: in half precision four times the
@@ -80,7 +80,8 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     if calls.seen is None:
         raise RuntimeError(
             f"verification of prefix sharing failed: {calls.name} did not run on the packed row "
-            f"(bypassed: {bypassed}); the model was restored"
+            f"(bypassed: {bypassed}), but must, to be compared; the model was restored; mend what "
+            "bypasses it, or run it unpatched"
         )
     error = _error(shared, unshared)
     rows = [row[real] for row, real in zip(error, mask.bool(), strict=True)]

@@ -1,5 +1,7 @@
 """The registered function: what it refuses, and the delegation without descriptors."""
 
+import types
+
 import pytest
 import torch
 from batches import packed_inputs
@@ -59,6 +61,16 @@ def test_a_mask_made_by_the_layer_is_refused():
     module = tiny_model().model.layers[0].self_attn
     with pytest.raises(NotImplementedError, match=r"mask of its own, of shape \[1, 4, 3, 3\]"):
         packed_call(module, torch.zeros(1, 4, 3, 3))
+
+
+def test_eager_attention_that_is_not_there():
+    """An attention class in a file without the function that eager stands for."""
+    module = torch.nn.Module()
+    unpatched = types.SimpleNamespace(_attn_implementation="eager")
+    module.config = types.SimpleNamespace(prefix_sharing_original=unpatched)
+    message = 'no eager_attention_forward beside Module.* load the model with attn_impl.*"sdpa"'
+    with pytest.raises(NotImplementedError, match=message):
+        prefix_sharing_attention(module, *[torch.zeros(1, 1, 2, 4)] * 3, None)
 
 
 def test_a_window_that_the_config_does_not_have_is_refused():

@@ -387,11 +387,6 @@ BAD = {
         {"max_tokens_per_batch": 9},
         r"max_tokens_per_batch=9 needs a trainer, but target is a PeftModel",
     ),
-    "options alone": (
-        lambda trainer: trainer,
-        {"sampler_options": {"seed": 1}},
-        "are for max_tokens_per_batch",
-    ),
     "sampling": (
         lambda trainer: _with(trainer, "train_sampling_strategy", "group_by_length"),
         {"max_tokens_per_batch": 99},

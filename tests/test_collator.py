@@ -16,6 +16,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from hf_prefix_patch import DataCollatorWithPrefixSharing, PrefixTree
 from hf_prefix_patch.planned import PackedRow, PlannedTensor, plan_of
 
+# Some pairs here have an empty answer, or one that is cut away, as some of TRL's do.
+pytestmark = pytest.mark.filterwarnings("ignore:a row has no completion token:UserWarning")
+
 PAIRS = [
     {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10], "rejected_ids": [9, 11, 12]},
     {"prompt_ids": [5, 6, 12], "chosen_ids": [13], "rejected_ids": [14, 15, 16, 17]},
@@ -141,15 +144,6 @@ def test_reference_logps_in_a_packed_batch():
     assert batch["ref_rejected_logps"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["ref_chosen_logps", "ref_rejected_logps"])
-@pytest.mark.parametrize("first", [0, 1])
-def test_reference_logps_of_some_examples(name, first):
-    examples = [dict(pair) for pair in PAIRS[:2]]
-    examples[first][name] = -1.0
-    with pytest.raises(ValueError, match=f"1 of 2 examples have {name}, but all or none must"):
-        DataCollatorWithPrefixSharing(pad_token_id=0)(examples)
-
-
 def test_a_packed_batch_needs_no_padding():
     want = DataCollatorWithPrefixSharing(pad_token_id=0, layout="packed")(PAIRS)
     got = DataCollatorWithPrefixSharing(pad_token_id=None, layout="packed")(PAIRS)
@@ -167,37 +161,6 @@ def test_packed_batches_through_a_loader_and_to_a_device(workers):
         assert isinstance(moved["input_ids"], PackedRow)
         assert_same_tree(moved["input_ids"].prefix_tree, want["input_ids"].prefix_tree)
         assert batch.to("meta")["tree_kv_index"].device.type == "meta"
-
-
-BAD = {
-    "padding": ({"pad_token_id": None}, r"pad_token_id is None, .* or, if it has none, its eos_"),
-    "mode": ({"truncation_mode": "middle"}, r"'middle', but must be 'keep_start' or 'keep_end'"),
-    "layout": (
-        {"layout": "padded"},
-        r"layout is 'padded', but must be one of \('rows', 'packed'\)",
-    ),
-    "length": ({"max_length": 0}, r"max_length is 0, but must be at least 1, or None"),
-    "multiple": ({"pad_to_multiple_of": -8}, r"pad_to_multiple_of is -8, but must be at least 1"),
-}
-
-
-@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        DataCollatorWithPrefixSharing(**{"pad_token_id": 0} | options)
-
-
-@pytest.mark.parametrize("layout", ["rows", "packed"])
-def test_bad_examples(layout):
-    collator = DataCollatorWithPrefixSharing(pad_token_id=0, layout=layout)
-    with pytest.raises(ValueError, match="got no examples, but a batch needs at least one"):
-        collator([])
-    with pytest.raises(ValueError, match="1 examples have no real token; leave empty ones out"):
-        collator([{"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}])
-    with pytest.raises(KeyError, match=r"columns \['prompt'\], but needs .*tokenize_preferences"):
-        collator([{"prompt": "text"}])
-    with pytest.raises(ValueError, match=r"input_ids of real tokens lie in \[-1, 7\]"):
-        collator([{"prompt_ids": [5, -1], "chosen_ids": [6], "rejected_ids": [7]}])
 
 
 class _Tokenizer:

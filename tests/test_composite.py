@@ -24,6 +24,7 @@ from transformers.models.gemma3 import modeling_gemma3
 
 import hf_prefix_patch
 from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
+from hf_prefix_patch.bypass import bypass_reason
 from hf_prefix_patch.composite import decoder_of
 
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
@@ -78,9 +79,7 @@ def test_other_inputs_of_other_modalities(given):
     """Whatever is not text is named as the reason; nothing of it reaches the model here."""
     model = tiny_composite("qwen2.5-vl")
     value = {"image": None} if given == "mm_encoder_outputs" else torch.ones(1, 3)
-    reason = hf_prefix_patch.support.bypass_reason(
-        model.model, {**text_batch().inputs, given: value}
-    )
+    reason = bypass_reason(model.model, {**text_batch().inputs, given: value})
     assert reason == f"input {given!r}"
 
 
@@ -116,7 +115,7 @@ def test_token_types_that_differ_between_rows():
     types = torch.zeros_like(batch.input_ids)
     types[0, 1] = 1
     want = run(model, batch, mm_token_type_ids=types)
-    bypass = pytest.warns(UserWarning, match="mm_token_type_ids that differ between rows")
+    bypass = pytest.warns(UserWarning, match="input 'mm_token_type_ids' that differs between")
     with enable_prefix_sharing(model), bypass:
         assert torch.equal(run(model, batch, mm_token_type_ids=types)[0], want[0])
 
@@ -364,4 +363,8 @@ def test_logits_to_keep_that_the_decoder_of_a_composite_reads():
         assert torch.equal(model(**batch.inputs, logits_to_keep=4).logits, few)
         assert sharing.stats.bypassed == {"input 'logits_to_keep' of the text decoder": 1}
         assert_same_run(run(model, batch), want, of_model=True)
-    assert sharing.stats.calls == 1
+        assert sharing.stats.calls == 1
+        pair = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}
+        packed = DataCollatorWithPrefixSharing(0, layout="packed")([pair])
+        with pytest.raises(ValueError, match=r"packed row cannot run with: .*; use a collator"):
+            model(**packed, logits_to_keep=4)

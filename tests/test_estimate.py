@@ -372,14 +372,14 @@ def test_rows_that_a_budget_lets_in_are_cautioned_against():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", 0], "batch_size is 0, but must be at least 1"),
-        (["--max-tokens", -1], "max_tokens is -1, but must be at least 1"),
-        (["--max-length", 0], "max_length is 0, but must be at least 1"),
-        (["--limit", 0], "limit is 0, but must be at least 1"),
-        (["--max-length", "long"], "argument --max-length: invalid"),
+        (["--batch-size", 0], "argument --batch-size: '0' is given, but must be"),
+        (["--max-tokens", -1], "argument --max-tokens: '-1' is given, but must be"),
+        (["--max-length", 0], "argument --max-length: '0' is given, but must be"),
+        (["--limit", 0], "argument --limit: '0' is given, but must be"),
+        (["--max-length", "long"], "argument --max-length: 'long' is given"),
         (["--max-tokens", 50], "max_tokens is 50, but .* more unique tokens alone, up to .* give"),
         (["--max-length", 5], r"prompts of all 13 pairs of .* fill max_length=5 .* raise max_l"),
-        (["--model-config", "nosuch"], "no config could be loaded from 'nosuch'; give a config"),
+        (["--model-config", "nosuch"], "no config could be loaded from 'nosuch'; give a folder"),
         (["--head", "all"], "argument --head: invalid choice: 'all'"),
     ],
 )

@@ -15,6 +15,15 @@ from hf_prefix_patch.reference import duplicated_rows_attention
 CPU = torch.device("cpu")
 
 
+def test_a_window_that_was_not_planned_is_refused():
+    inputs = packed_inputs(PrefixTree.from_rows([[1, 2], [1, 3]]))
+    message = r"passes the sliding window 3, but its config says \[None\]; pass backend=.sdpa"
+    with pytest.raises(NotImplementedError, match=message):
+        flex.flex_attend(
+            torch.nn.Module(), *inputs, scaling=1.0, sliding_window=3, tree_block_masks={None: None}
+        )
+
+
 def visible(tree, window):
     """`[N, N]` bool from the public descriptors: what each packed token sees."""
     seen = torch.zeros(tree.packed_tokens, tree.packed_tokens, dtype=torch.bool)

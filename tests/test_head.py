@@ -377,7 +377,7 @@ def test_it_is_differentiable_once():
             "ids from 0 to 97, but the vocabulary is 0 to 96",
         ),
         ({"target": torch.tensor([0] * 6 + [-100])}, r"ids from -100 .* drop ignored tokens"),
-        ({"weight": torch.zeros(V, H, device="meta")}, r"on \['cpu', 'meta'\]; move them"),
+        ({"weight": torch.zeros(V, H, device="meta")}, r"on \['cpu', 'meta'\], but must be on one"),
         ({"weight": torch.zeros(V, H).bfloat16()}, "must have one; cast the hidden states"),
         (
             {"bias": torch.zeros(V).double()},

@@ -364,8 +364,7 @@ def test_constructors_keep_their_signatures_and_come_back(launched, llama, tmp_p
     assert switch_on(LaunchOptions(backend="sdpa")) is switch
     assert switch.options.backend == "sdpa"
     switch.off()
-    assert state() == before
-    sys.meta_path.insert(0, switch)  # what the fixture takes off
+    assert state() == before  # and the fixture switches it off once more
 
 
 def test_trainer_whose_model_is_refused(launched, bert, tmp_path):
@@ -441,7 +440,7 @@ def test_backend_that_is_named_is_asked_for_when_it_is_needed(launched, llama, t
 
 def test_unknown_backend_stops_at_the_first_model(launched, llama):
     launched(backend="nosuch")
-    with pytest.raises(ValueError, match="backend is 'nosuch', but must be 'auto' or one of"):
+    with pytest.raises(ValueError, match="backend is 'nosuch', but must be one of"):
         load(llama)
 
 
@@ -477,17 +476,14 @@ def test_values_of_the_variable(text, options):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("yes", "HF_PREFIX_PATCH='yes' is set, but must be 1, or options as JSON such as"),
         ("true", "must be 1, or options"),
         ("[1]", "must be 1, or options"),
-        ('{"backand": "sdpa"}', "has an option 'backand', but must have some of .*'backend'"),
-        ('{"verify": 0}', "sets verify to 0, but must set it to a value of type bool"),
         ('{"max_tokens_per_batch": true}', "sets max_tokens_per_batch to True"),
-        ('{"on_refusal": "ignore"}', r"on_refusal to 'ignore', .* one of \('raise', 'warn'\)"),
         ('{"backend": "flash2"}', r"sets backend to 'flash2', .* one of \('auto', 'flash'"),
     ],
 )
 def test_bad_values_of_the_variable(text, message):
+    """More of them are in bad_input_cases."""
     with pytest.raises(ValueError, match=message):
         LaunchOptions.parse(text)
 

@@ -11,7 +11,6 @@ from families import FAMILIES, NO_SDPA, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaForSequenceClassification
 
 from hf_prefix_patch import (
     DataCollatorWithPrefixSharing,
@@ -19,6 +18,9 @@ from hf_prefix_patch import (
     enable_prefix_sharing,
 )
 from hf_prefix_patch.logps import _compared
+
+# One answer is empty.
+pytestmark = pytest.mark.filterwarnings("ignore:a row has no completion token:UserWarning")
 
 PAIRS = [
     {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10], "rejected_ids": [9, 11, 12]},
@@ -266,26 +268,6 @@ def test_logits_that_the_config_does_not_tell_of(layout):
             NotImplementedError, match=r"changes its logits after the LM head .* log"
         ):
             completion_logps(model, collate(layout))
-
-
-def test_models_and_batches_that_do_not_do():
-    model = tiny_model()
-    with pytest.raises(
-        ValueError, match=r"has \['input_ids'\], but needs input_ids and completion_"
-    ):
-        completion_logps(model, {"input_ids": torch.ones(2, 3, dtype=torch.int64)})
-    batch = dict(collate("rows"))
-    with pytest.raises(
-        ValueError, match=r"completion_mask has shape \[2, 7\], but input_ids \[8, 7\]"
-    ):
-        completion_logps(model, batch | {"completion_mask": torch.ones(2, 7)})
-    with pytest.raises(TypeError, match=r"LlamaModel has no LM head, .* AutoModelForCausalLM"):
-        completion_logps(model.base_model, batch)
-    classifier = LlamaForSequenceClassification(model.config)
-    with pytest.raises(TypeError, match="has no LM head"):
-        completion_logps(classifier, batch)
-    with pytest.raises(TypeError, match="target is a Linear, but a transformers PreTrainedModel"):
-        completion_logps(nn.Linear(2, 2), batch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

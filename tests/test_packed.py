@@ -133,16 +133,6 @@ def test_flash_attention_would_fail_too(monkeypatch):
 
 
 BAD = {
-    "rows": (
-        lambda x: {"input_ids": torch.ones(2, 15, dtype=torch.int64)},
-        r"\[2, 15\], but needs the packed row \[1, N\]",
-    ),
-    "no ids": (lambda x: {"input_ids": None}, "has no input_ids, but needs the packed row"),
-    "short": (lambda x: {"input_ids": x["input_ids"][:, :-1]}, r"hold 13 packed tokens, but .* 14"),
-    "missing": (
-        lambda x: {"tree_cu_seqlens_k": None},
-        r"without \['tree_cu_seqlens_k'\]; pass all",
-    ),
     "positions": (
         lambda x: {"position_ids": x["position_ids"][:, :-1]},
         "do not describe a packed",
@@ -153,8 +143,6 @@ BAD = {
         "do not describe a pack",
     ),
     "later keys": (lambda x: {"tree_kv_index": x["tree_kv_index"] + 1}, "do not describe a packed"),
-    "mask": (lambda x: {"attention_mask": torch.ones(1, 14)}, r"attention_mask of shape \[1, 14\]"),
-    "cache": (lambda x: {"use_cache": True}, "cannot run with: key/value cache"),
     "attentions": (lambda x: {"output_attentions": True}, "cannot run with: output_attentions"),
     "embeddings": (lambda x: {"inputs_embeds": torch.zeros(1, 14, 32)}, "with: inputs_embeds"),
     "experts": (

@@ -11,6 +11,7 @@ from batches import (
     run,
 )
 from families import FAMILIES, NO_SDPA, tiny_model
+from tiny_types import tiny_model_of
 
 from hf_prefix_patch import enable_prefix_sharing
 
@@ -43,6 +44,30 @@ def test_logps_and_gradients_equal_the_unpatched_model(family, attention, mode, 
     assert sharing.stats.calls == 1
     assert not sharing.stats.bypassed
     assert set(seen.shapes) == {(1, packed)}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode", "bert", "llama"])
+def test_packed_rows_longer_than_the_positions_of_the_model(model_type):
+    """Positions begin anew in each row, so a row that fits may be packed with any others."""
+    names = {"gpt2": "n_positions", "gpt_bigcode": "n_positions"}
+    model = tiny_model_of(model_type, **{names.get(model_type, "max_position_embeddings"): 24})
+    model.train()
+    batch = preference_batch()
+    want = run(model, batch)
+    with enable_prefix_sharing(model) as sharing:
+        got = run(model, batch)
+    assert batch.input_ids.shape[1] <= 24 < sharing.stats.packed_tokens
+    assert_same_run(got, want, of_model=True)
+
+
+def test_rows_longer_than_rotary_positions_run_as_unpatched():
+    """Nothing ends there: the angles go on."""
+    model, batch = tiny_model(max_position_embeddings=8), preference_batch()
+    want = run(model, batch)
+    with enable_prefix_sharing(model) as sharing:
+        got = run(model, batch)
+    assert_same_run(got, want)
+    assert sharing.stats.calls == 1
 
 
 def random_batch(seed):

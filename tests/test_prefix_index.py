@@ -126,5 +126,5 @@ def test_a_dataset_is_read_in_chunks_in_order(monkeypatch):
 
 
 def test_columns_of_the_examples_are_named_when_there_are_none_to_read():
-    with pytest.raises(KeyError, match="needs chosen_ids and rejected_ids"):
+    with pytest.raises(ValueError, match="needs chosen_ids and rejected_ids"):
         read_index(Dataset.from_list([{"prompt": "a"}]), None, "keep_start", progress=False)

@@ -17,7 +17,7 @@ from tiny_trl import assert_same_log, preference_pairs, run_dpo, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_prefix_patch import enable_prefix_sharing
-from hf_prefix_patch.support import is_bitsandbytes
+from hf_prefix_patch.features import is_bitsandbytes
 
 pytest.importorskip("bitsandbytes", reason="quantised base models need bitsandbytes")
 pytestmark = [

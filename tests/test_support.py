@@ -11,15 +11,9 @@ from batches import pad_rows, preference_batch
 from families import tiny_model
 
 from hf_prefix_patch import enable_prefix_sharing
-from hf_prefix_patch.support import (
-    ADVICE,
-    CACHE_BY_DEFAULT,
-    bypass_reason,
-    check_peft,
-    layer_types,
-    rope_depends_on_length,
-    sliding_window,
-)
+from hf_prefix_patch.bypass import bypass_reason
+from hf_prefix_patch.features import layer_types, rope_depends_on_length, sliding_window
+from hf_prefix_patch.support import check_peft
 from hf_prefix_patch.versions import release
 
 _SMALL = {
@@ -140,26 +134,6 @@ BYPASSED = {
     "input 'is_causal'": {"is_causal": False},
     "input 'sliding_window'": {"sliding_window": 3},
 }
-
-
-@pytest.mark.parametrize("reason", BYPASSED)
-def test_bypassed_calls_in_training_say_what_to_do(reason):
-    attention = "eager" if reason == "output_attentions" else "sdpa"
-    model = tiny_model(attention=attention).train()
-    advice = ADVICE.get(reason, "see the table of bypassed calls in docs/limits.md")
-    batch = {**preference_batch().inputs, "use_cache": False, **BYPASSED[reason]}
-    with enable_prefix_sharing(model), pytest.warns(UserWarning, match="is bypassed") as said:
-        model(**batch)
-    (warning,) = said
-    assert str(warning.message) == (
-        f"prefix sharing is bypassed: {reason}. To share such a call, {advice}. "
-        "It runs as without sharing."
-    )
-
-
-def test_advice_is_for_reasons_that_there_are():
-    elsewhere = {CACHE_BY_DEFAULT, "position_ids that are not [rows, length]", "NEFTune"}
-    assert ADVICE.keys() - elsewhere <= BYPASSED.keys()
 
 
 @pytest.mark.parametrize("reason", BYPASSED)

@@ -307,7 +307,7 @@ def test_bars_that_were_hidden_stay_hidden():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 0}, "max_length is 0, but must be 1 or more"),
+        ({"max_length": 0}, "max_length is 0, but must be at least 1"),
         ({"truncation_mode": "keep_middle"}, "truncation_mode is 'keep_middle', but must be"),
         ({"num_proc": 2}, r"num_proc is 2, but only a datasets\.Dataset"),
     ],

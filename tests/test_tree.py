@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -193,34 +192,9 @@ def test_one_row_of_positions_serves_all_rows():
     assert tree.position_ids.tolist() == [[7, 8, 9, 9]]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([[1, 2, 3]], [[1, 0, 1]]), "padded cell between real tokens"),
-        (([[1, 2]], [[0, 0]]), "marks no real token in 1 rows of 2"),
-        (([1, 2],), r"input_ids has shape \[2\], but \[R, L\]"),
-        (([[1, 2]], [[1, 1, 1]]), r"attention_mask has shape \[1, 3\], but \[1, 2\]"),
-        (([[1, 2], [1, 2]], None, [[0, 1, 2]]), r"position_ids has shape \[1, 3\]"),
-        (([[1, -2]],), r"input_ids of real tokens lie in \[-2, 1\]"),
-        (([[1, 2]], None, [[0, -1]]), r"position_ids of real tokens lie in \[-1, 0\]"),
-    ],
-)
-def test_bad_batches(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        PrefixTree.from_rows(*arguments)
-
-
 def test_ids_in_the_padding_may_be_anything():
     tree = PrefixTree.from_rows([[1, 2], [1, -100]], [[1, 1], [1, 0]])
     assert tree.packed_tokens == 2
-
-
-def test_pack_and_unpack_refuse_other_batches():
-    tree = PrefixTree.from_rows([[1, 2], [1, 3]])
-    with pytest.raises(ValueError, match=r"got a tensor of shape \[3, 2\], but rows"):
-        tree.pack(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match=r"but the packed row of this tree begin"):
-        tree.unpack(torch.zeros(1, 4))
 
 
 def test_to_moves_every_tensor():

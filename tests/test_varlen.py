@@ -27,6 +27,7 @@ from varlen_emulator import (
 )
 
 from hf_prefix_patch import PrefixTree, enable_prefix_sharing, versions
+from hf_prefix_patch.backends import varlen
 from hf_prefix_patch.backends.base import Needs, as_tensor, chain_blocks
 from hf_prefix_patch.backends.varlen import FLASH, TORCH_VARLEN, gather_paths
 
@@ -190,6 +191,20 @@ def test_torch_varlen_follows_autocast_and_refuses_fp32(monkeypatch):
     assert len(calls) == 1
     with pytest.raises(NotImplementedError, match=r"in float32 outside autocast.*backend=\"sdpa\""):
         attend(TORCH_VARLEN, tree, (q, k, v))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_flash_functions_that_are_not_there(monkeypatch, told):
+    """Reasons against the backend, which a model's needs are then told by."""
+    monkeypatch.setattr(versions, "FLASH_IS_RESOLVED", told)
+    monkeypatch.setattr(
+        varlen.hf_flash,
+        "lazy_import_flash_attention",
+        lambda name: ((None, None), None),
+        raising=False,
+    )
+    with pytest.raises(ValueError, match="the kernel has none" if told else "it knows"):
+        varlen._flash_varlen_function("flash_attention_9")
 
 
 def test_gathered_gradients_add_in_fp32():

@@ -78,7 +78,7 @@ def test_wrong_positions_are_found(monkeypatch):
 
 def test_layers_that_do_not_call_the_registry_are_found(monkeypatch):
     """Attention modules that kept their config run their own attention on the packed row."""
-    monkeypatch.setattr(hooks, "_swap_attention_configs", lambda backbone: None)
+    monkeypatch.setattr(hooks, "give_views", lambda backbone: None)
     with pytest.raises(RuntimeError, match="do not call transformers' attention registry"):
         enable_prefix_sharing(tiny_model())
 

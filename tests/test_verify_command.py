@@ -185,13 +185,13 @@ def test_bad_input(folder, verified, tmp_path, monkeypatch):
         ((model, "--data", long), "tokenizer"),
         ((folder, "--data", "nosuch.jsonl"), "nosuch.jsonl does not exist; give"),
         ((folder, "--data", bad), "bad.jsonl, line 2 is not JSON"),
-        ((folder, "--data", long, "--max-length", 3), "alone fill --max-length 3; raise it"),
+        ((folder, "--data", long, "--max-length", 3), "alone fill --max-length 3, which leaves"),
         ((small, "--tokenizer", folder, "--data", long), "but the model knows 8, counted from 0"),
-        ((folder, "--max-length", 1), "a row of the batch has no completion token"),
+        ((folder, "--max-length", 1), "give --max-length 2 or more"),
         ((folder, "--device", "cuda:99"), places),
         ((folder, "--device", "gpu"), "device is 'gpu', but must be cpu, cuda or cuda:N"),
         ((folder, "--dtype", "int8"), "invalid choice: 'int8'"),
-        ((folder, "--pairs", 0), "0 is less than 1"),
+        ((folder, "--pairs", 0), "must be an integer of at least 1"),
     ):
         code, out, error = verified(*words)
         assert (code, out) == (BAD_INPUT, ""), words

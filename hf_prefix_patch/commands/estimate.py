@@ -18,6 +18,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_prefix_patch.options import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -29,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="config.json, folder or name of the model, or none to count tokens alone; default: "
         "that beside the tokenizer",
     )
-    add("--batch-size", type=int, default=8, metavar="B", help="pairs in a batch (default 8)")
-    add("--max-tokens", type=int, metavar="M", help="token budget to look at; default: suggested")
+    add("--batch-size", type=count, default=8, metavar="B", help="pairs in a batch (default 8)")
+    add("--max-tokens", type=count, metavar="M", help="token budget to look at; default: suggested")
     add(
         "--max-length",
         type=_length,
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="sdpa",
         help="of padded rows: sdpa computes what a padding mask hides (default), flash does not",
     )
-    add("--limit", type=int, metavar="N", help="look at N pairs drawn at random")
+    add("--limit", type=count, metavar="N", help="look at N pairs drawn at random")
     add("--seed", type=int, default=0, help="of drawing and shuffling (default 0)")
     add("--json", action="store_true", help="print JSON")
     add("--plot", type=Path, metavar="FILE", help="write a chart, such as gain.png")
@@ -65,6 +67,7 @@ def main(arguments: argparse.Namespace) -> None:
     from hf_prefix_patch import estimate_report as report
     from hf_prefix_patch.estimate import Setting, estimate, read_data_set
     from hf_prefix_patch.flops import DecoderShape
+    from hf_prefix_patch.loading import load_tokenizer
 
     try:
         setting = Setting(
@@ -79,13 +82,11 @@ def main(arguments: argparse.Namespace) -> None:
             reference=not arguments.no_reference,
             seed=arguments.seed,
         )
-        if arguments.limit is not None and arguments.limit < 1:
-            raise ValueError(f"limit is {arguments.limit}, but must be at least 1")
         config = _config(arguments.model_config, arguments.tokenizer)
         shape = None if config is None else DecoderShape.of(config)
         data = read_data_set(
             arguments.data,
-            _tokenizer(arguments.tokenizer),
+            load_tokenizer(arguments.tokenizer),
             setting.max_length,
             setting.truncation_mode,
             limit=arguments.limit,
@@ -101,37 +102,18 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _length(value: str) -> int | None:
-    return None if value == "none" else int(value)
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer could be loaded from {name!r}; give a folder with tokenizer.json or a "
-            f"name on the hub ({_first_line(error)})"
-        ) from None
+    return None if value == "none" else count(value)
 
 
 def _config(given: str | None, tokenizer: str) -> Any:
     """The config asked for; or the one beside the tokenizer, and None where there is none."""
-    from transformers import AutoConfig
+    from hf_prefix_patch.loading import load_config
 
     if given == "none":
         return None
     try:
-        return AutoConfig.from_pretrained(given or tokenizer)
-    except (OSError, ValueError) as error:
+        return load_config(given or tokenizer)
+    except ValueError:
         if given is None:
             return None
-        raise ValueError(
-            f"no config could be loaded from {given!r}; give a config.json of transformers, a "
-            f"folder that has one or a name on the hub ({_first_line(error)})"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+        raise

@@ -19,6 +19,7 @@ import atexit
 import os
 import sys
 
+from hf_prefix_patch.options import count
 from hf_prefix_patch.program import run_file, run_module
 from hf_prefix_patch.switch import CHOICES, VARIABLE, LaunchOptions, switch_on
 
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-tokens-per-batch",
-        type=int,
+        type=count,
         metavar="N",
         help="training batches of at most so many unique tokens on each device",
     )

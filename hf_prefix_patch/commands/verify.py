@@ -18,9 +18,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hf_prefix_patch.options import count
 from hf_prefix_patch.switch import CHOICES
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or name of a causal LM or a reward model")
     add("--data", metavar="FILE", help="preference pairs; random tokens without")
-    add("--pairs", type=_positive, default=4, metavar="N", help="the first N of them (default: 4)")
-    add("--max-length", type=_positive, default=512, metavar="N", help="of a row (default: 512)")
+    add("--pairs", type=count, default=4, metavar="N", help="the first N of them (default: 4)")
+    add("--max-length", type=count, default=512, metavar="N", help="of a row (default: 512)")
     add("--tokenizer", metavar="T", help="folder or name, if not that of the model")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     add("--load-in-4bit", action="store_true", help="nf4 weights of bitsandbytes; implies --lora")
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="attention backend, as of run",
     )
-    add("--repeats", type=_positive, default=3, metavar="N", help="for time (default: 3)")
+    add("--repeats", type=count, default=3, metavar="N", help="for time (default: 3)")
     add("--seed", type=int, default=0, help="of random pairs and of --lora")
     add("--json", action="store_true", help="print all figures as JSON")
 
@@ -101,11 +103,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         return _fail(BAD_INPUT, error)
     config = model.config.get_text_config()
     limit = min(arguments.max_length, getattr(config, "max_position_embeddings", None) or 10**9)
-    pairs = read or random_pairs(model.config, arguments.pairs, limit, arguments.seed)
     padding = next((x for x in (config.pad_token_id, config.eos_token_id) if _is_id(x)), 0)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = padding  # classifiers look for the end of a row by it
     try:
+        pairs = read or random_pairs(model.config, arguments.pairs, limit, arguments.seed)
         batch = DataCollatorWithPrefixSharing(padding, max_length=limit)(pairs)
     except ValueError as error:
         return _fail(BAD_INPUT, error)
@@ -146,19 +148,25 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _read_pairs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from hf_prefix_patch import tokenize_preferences
     from hf_prefix_patch.loading import load_tokenizer
+    from hf_prefix_patch.pair_files import read_pairs
+    from hf_prefix_patch.preferences import CUT
+    from hf_prefix_patch.tokenization import encoded
 
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, arguments.trust_remote_code)
-    pairs = tokenize_preferences(
-        arguments.data, tokenizer, max_length=arguments.max_length, progress=sys.stderr.isatty()
-    )
+    items, pairs = read_pairs(Path(arguments.data)), []
+    for _, record in encoded(items, len(items), tokenizer, progress=sys.stderr.isatty()):
+        del record[CUT]
+        if len(record["prompt_ids"]) < arguments.max_length:
+            pairs.append(record)
+        if len(pairs) == arguments.pairs:
+            return pairs
     if not pairs:
         raise ValueError(
-            f"the prompts in {arguments.data} alone fill --max-length {arguments.max_length}; "
-            "raise it"
+            f"the prompts in {arguments.data} alone fill --max-length {arguments.max_length}, "
+            "which leaves nothing of an answer; raise it"
         )
-    return list(pairs[: arguments.pairs])
+    return pairs
 
 
 def random_pairs(
@@ -168,9 +176,17 @@ def random_pairs(
 
     Prompts take an eighth to a half of `max_length` and answers up to a fourth, both of lengths of
     their own; the second pair has the prompt of the first.
+
+    Raises:
+        ValueError: no room for a prompt and an answer.
     """
     import torch
 
+    if max_length < 2:
+        raise ValueError(
+            f"a row has at most {max_length} token, but needs one of a prompt and one of an answer; "
+            "give --max-length 2 or more"
+        )
     generator = torch.Generator().manual_seed(seed)
     values = {**config.to_dict(), **config.get_text_config().to_dict()}
     special = {x for name, x in values.items() if name.endswith(("token_id", "token_index"))}
@@ -281,10 +297,3 @@ def _fail(code: int, message: object) -> int:
 
 def _is_id(x: Any) -> bool:
     return isinstance(x, int) and x >= 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value

@@ -1,0 +1,156 @@
+"""What is bypassed at run time: calls that run as they are, why, and what to do about it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_prefix_patch.adapters import adapter_reason
+from hf_prefix_patch.features import has_neftune, is_causal
+
+CACHE_BY_DEFAULT = "key/value cache by default"
+
+_POSITIONS = "pass integers of the shape of input_ids, counted from 0 in each row"
+_TEXT_ALONE = "give rows without images or sound, or none that share a prompt"
+_UNSHARED = "call without this adapter; as it is, such a call is for rows, not for tokens"
+
+ADVICE = {
+    CACHE_BY_DEFAULT: "pass use_cache=False, or set it in the model's config, which asks for a "
+    "cache outside training",
+    "key/value cache": "pass use_cache=False, unless the call generates",
+    "inputs_embeds": "pass input_ids, which sharing compares; prompt learning of PEFT cannot be "
+    "shared",
+    "attention mask that is not [rows, length]": "pass the padding mask, ones and zeros",
+    "attention mask with holes": "remove the tokens that are masked inside of rows",
+    "no real token": "leave empty batches out, and check the attention mask",
+    "position_ids that are not [rows, length]": _POSITIONS,
+    "position_ids that are not integers": _POSITIONS,
+    "negative position_ids": _POSITIONS,
+    "several documents in a row": "give each document a row of its own, with packing=False and "
+    "padding_free=False",
+    "output_attentions": "ask for attention weights in a separate call",
+    "input '...'": "leave it out of the call, if the model does without; docs/trainers.md lists "
+    "the known ones",
+    "bidirectional attention": "set is_causal and use_bidirectional_attention back in the model's "
+    "config",
+    "NEFTune": "set neftune_noise_alpha=None",
+    "rotary frequencies that depend on padding": "pad rows to the longest of them only",
+    "recurrent layers with a bias that is added to padding before a row": "pad on the right",
+    "adapters chosen by row": _UNSHARED,
+    "an adapter that depends on the batch": _UNSHARED,
+    "PEFT reads the activations of rows": "wait until PEFT has initialised its adapter",
+    "context parallel": "set cp_size and sp_size of accelerate to 1",
+    "DataParallel, which parts the rows of a batch": "use DistributedDataParallel: "
+    "accelerate launch or torchrun start a process for each device",
+    "a mask that is not causal attention to real tokens": _TEXT_ALONE,
+    "position_ids that differ between rows": _TEXT_ALONE,
+    "input '...' that differs between rows": _TEXT_ALONE,
+    "input '...' of the text decoder": _TEXT_ALONE,
+}
+"""What to do about calls that are bypassed, for every reason but that there is nothing to gain;
+'...' stands for a name. docs/limits.md has all."""
+
+# Inputs of a decoder stack that sharing understands, or that do not change its hidden states.
+_KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"}
+_KNOWN_INPUTS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+_KNOWN_INPUTS |= {"return_dict", "labels", "shift_labels", "num_items_in_batch"}
+# What trainers and heads hand a decoder stack although it is for the head or the loss. A stack that
+# has a parameter of this name reads it (Gemma 4 computes some layers for `logits_to_keep` alone).
+PASSED_THROUGH = {"logits_to_keep", "margin"}
+
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""What composite models are told of their tokens: whether they stand for text or for an image."""
+
+
+def advice(reason: str) -> str:
+    """What to do to have such a call shared."""
+    return ADVICE[re.sub("'[^']*'", "'...'", reason)]
+
+
+def bypass_reason(
+    backbone: PreTrainedModel, inputs: dict[str, Any], cache_by_default: bool = True
+) -> str | None:
+    """Why this call must run as it is; None if its rows can be packed.
+
+    Args:
+        backbone: the decoder stack, or the composite around it.
+        inputs: its keyword arguments, `input_ids` `[R, L]` among them.
+        cache_by_default: whether a caller outside training who does not say so may go on from the
+            cache that the config asks for.
+    """
+    return next(_bypass_reasons(backbone, inputs, cache_by_default), None)
+
+
+def _bypass_reasons(
+    backbone: PreTrainedModel, inputs: dict[str, Any], cache_by_default: bool
+) -> Iterator[str]:
+    config, ids = backbone.config.get_text_config(decoder=True), inputs.get("input_ids")
+    if getattr(backbone, "_is_replica", False):
+        yield "DataParallel, which parts the rows of a batch"
+    if ids is None or inputs.get("inputs_embeds") is not None:
+        yield "inputs_embeds"
+        return
+    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
+        yield "key/value cache"
+    # In training nobody reads a cache; elsewhere the caller may go on from it.
+    by_default = inputs.get("use_cache") is None and getattr(config, "use_cache", False)
+    if by_default and cache_by_default and not backbone.training:
+        yield CACHE_BY_DEFAULT
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
+        yield "attention mask that is not [rows, length]"
+    if positions is not None and not isinstance(positions, Tensor):
+        yield "position_ids that are not [rows, length]"
+        return
+    if positions is not None and positions.shape not in (ids.shape, ids[:1].shape):
+        yield "position_ids that are not [rows, length]"
+    elif positions is not None and positions.is_floating_point():
+        yield "position_ids that are not integers"
+    elif mask is None and positions is not None and bool((positions.diff(dim=-1) != 1).any()):
+        yield "several documents in a row"
+    asked = inputs.get("output_attentions")
+    if getattr(config, "output_attentions", False) if asked is None else asked:
+        yield "output_attentions"
+    known = _KNOWN_INPUTS
+    if config is not backbone.config:
+        known = known.union(TOKEN_TYPES, _options(backbone, inputs))
+    for name, x in inputs.items():
+        if name not in known and x is not None and not passes_through(backbone, name, x):
+            yield f"input {name!r}"
+    if not is_causal(config):
+        yield "bidirectional attention"
+    if backbone.training and has_neftune(backbone):
+        yield "NEFTune"
+    adapters = adapter_reason(backbone)
+    if adapters is not None:
+        yield adapters
+    if _context_parallel():
+        yield "context parallel"
+
+
+def passes_through(stack: PreTrainedModel, name: str, value: Any) -> bool:
+    """Whether an argument is for the head or the loss, and this stack does not read it."""
+    reads = name in inspect.signature(stack.forward).parameters
+    keeps_all = isinstance(value, int) and value == 0  # what heads of Gemma 4 hand on by default
+    return name in PASSED_THROUGH and (not reads or keeps_all)
+
+
+def _options(composite: PreTrainedModel, inputs: dict[str, Any]) -> set[str]:
+    """Inputs that say how a composite treats images, and hold none; others it would hand on."""
+    own = inspect.signature(composite.forward).parameters.keys() & inputs.keys()
+    lists = {name: x if isinstance(x, list | tuple) else [x] for name, x in inputs.items()}
+    return {name for name in own if all(isinstance(x, int | float | str) for x in lists[name])}
+
+
+def _context_parallel() -> bool:
+    """Whether accelerate splits rows over processes (context or sequence parallelism)."""
+    state = sys.modules.get("accelerate.state")
+    shared = state.AcceleratorState._shared_state if state else {}
+    plan = shared.get("parallelism_config")
+    return any((getattr(plan, name, None) or 1) > 1 for name in ("cp_size", "sp_size"))

@@ -1,0 +1,107 @@
+"""What a decoder stack is made of, as its config and its modules say."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
+TOKENWISE_LAYER_TYPES = {"mlp", "moe"}  # layers without attention
+_POSITIONS = {"wpe", "position_embeddings"}  # what learned embeddings of positions are called
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether layers carry a state from token to token beside attention."""
+    stateful = getattr(model, "_is_stateful", False)
+    return stateful or not RECURRENT_LAYER_TYPES.isdisjoint(layer_types(model.config))
+
+
+def layer_types(config: Any) -> list[str]:
+    """Type of each decoder layer, from what the config says."""
+    named = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if named:
+        return ["full_attention" if kind == "attention" else kind for kind in named]
+    kind = "sliding_attention" if sliding_window(config) else "full_attention"
+    return [kind] * config.num_hidden_layers
+
+
+def sliding_window(config: Any) -> int | None:
+    """Keys that a query of a sliding layer sees, its own included."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def layer_slides(config: Any, layer: int) -> bool:
+    """Whether a decoder layer has a sliding window."""
+    types = layer_types(config)
+    return layer < len(types) and types[layer] == "sliding_attention"
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is named for attention, or calls transformers' attention registry (as the
+    MLA layers of LongCat do)."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    called = getattr(code, "co_names", ())
+    return "attention" in type(module).__name__.lower() or "ALL_ATTENTION_FUNCTIONS" in called
+
+
+def has_neftune(model: PreTrainedModel) -> bool:
+    """Whether the embeddings carry NEFTune's mark (transformers sets it when training begins)."""
+    return getattr(model.get_input_embeddings(), "neftune_noise_alpha", None) is not None
+
+
+def vocabulary_size(decoder: PreTrainedModel) -> int | None:
+    """Ids that the embeddings take, where they say so."""
+    embeddings: Any = decoder.get_input_embeddings()
+    inner = getattr(embeddings, "base_layer", embeddings)  # of PEFT
+    size = getattr(inner, "num_embeddings", None)
+    return size if isinstance(size, int) else None
+
+
+def learned_positions(decoder: PreTrainedModel) -> int | None:
+    """Positions that a model with a learned embedding of them has; None for any other model."""
+    tables = (m for name, m in decoder.named_modules() if name.split(".")[-1] in _POSITIONS)
+    table = next((m for m in tables if isinstance(m, nn.Embedding)), None)
+    return None if table is None else table.num_embeddings
+
+
+def has_sinks(backbone: nn.Module) -> bool:
+    """Whether attention layers have sinks, a learnt score beside those of the keys."""
+    return any(getattr(module, "sinks", None) is not None for module in backbone.modules())
+
+
+def has_experts(config: Any) -> bool:
+    """Whether the model routes tokens to experts."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether a layer has weights quantised by bitsandbytes."""
+    return any(cls.__module__.partition(".")[0] == "bitsandbytes" for cls in type(module).__mro__)
+
+
+def rope_depends_on_length(config: Any) -> bool:
+    """Whether the rotary frequencies depend on the longest position of the call."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    entries = [parameters or {}, *(x for x in (parameters or {}).values() if isinstance(x, dict))]
+    kinds = {str(entry.get("rope_type", entry.get("type"))) for entry in entries}
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
+def is_causal(config: Any) -> bool:
+    """Whether no token sees a later one."""
+    bidirectional = getattr(config, "use_bidirectional_attention", False)
+    # "vision" is for image tokens, and calls with such inputs are bypassed.
+    causal = not bidirectional or bidirectional == "vision"
+    return getattr(config, "is_causal", True) is not False and causal
+
+
+def outlier_threshold(module: nn.Module) -> float:
+    """From which activation on an 8-bit layer of bitsandbytes takes a column out."""
+    return getattr(getattr(module, "state", None), "threshold", 0.0) or 0.0

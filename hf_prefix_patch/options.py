@@ -1,0 +1,51 @@
+"""Checks of options that several entries share; the standard library only."""
+
+from __future__ import annotations
+
+import argparse
+from numbers import Integral
+from typing import Any
+
+
+def check_counts(**given: Any) -> None:
+    """Refuse what is neither None nor an integer of at least 1.
+
+    Raises:
+        TypeError: no integer; True and False are none.
+        ValueError: below 1.
+    """
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(
+                f"{name} is {value!r}, but must be an integer; leave it out to do without"
+            )
+        if int(value) < 1:
+            raise ValueError(
+                f"{name} is {value}, but must be at least 1; leave it out to do without"
+            )
+
+
+def check_switches(**given: Any) -> None:
+    """Refuse what is neither True nor False: a string such as "no" would count as True.
+
+    Raises:
+        TypeError: anything else.
+    """
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, but must be True or False; pass one of these")
+
+
+def count(text: str) -> int:
+    """An option of the command line that is an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is given, but must be an integer of at least 1; leave it out to do without"
+        )
+    return value

@@ -1,0 +1,101 @@
+"""Rows of a batch, and descriptors of a packed row, as callers give them: checked, on the host.
+
+Knows numpy and torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ArrayLike = Tensor | np.ndarray | Sequence[Sequence[int]]
+
+
+def has_holes(mask: np.ndarray) -> bool:
+    """Whether real tokens of some row of the `[R, L]` bool mask are not contiguous."""
+    starts = mask[:, 1:] & ~mask[:, :-1]
+    return bool((starts.sum(1) + mask[:, 0] > 1).any()) if mask.shape[1] else False
+
+
+def host_rows(
+    input_ids: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Ids int64, mask bool, positions int64 as `[R, L]` arrays; one copy from the device.
+
+    Positions are None, as given, where they are the columns.
+    """
+    ids = _as_rows("input_ids", input_ids)
+    given = [ids]
+    if attention_mask is not None:
+        given.append(_as_rows("attention_mask", attention_mask, ids.shape).ne(0))
+    if position_ids is not None:
+        given.append(_as_rows("position_ids", position_ids, ids.shape))
+    device = ids.device
+    host = torch.stack([x.to(device, torch.int64) for x in given]).cpu().numpy()
+    rest = iter(host[1:])
+    mask = next(rest).astype(bool) if attention_mask is not None else np.ones(ids.shape, bool)
+    return host[0], mask, next(rest, None)
+
+
+def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor:
+    try:
+        rows = x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} is a {type(x).__name__} that makes no tensor ({error}), but [R, L] integers "
+            "are needed; pad the rows to one length, and give a tensor, an array or lists"
+        ) from None
+    if name != "attention_mask" and (rows.is_floating_point() or rows.dtype == torch.bool):
+        raise TypeError(
+            f"{name} is of {rows.dtype}, but must be of integers; pass {name}.long() if these are "
+            "whole numbers"
+        )
+    if rows.ndim == 2 and shape is not None and name == "position_ids":
+        rows = rows.expand(shape) if rows.shape[0] == 1 and rows.shape[1] == shape[1] else rows
+    if rows.ndim != 2 or (shape is not None and rows.shape != shape):
+        need = "[R, L]" if shape is None else f"{list(shape)}, the shape of input_ids,"
+        raise ValueError(
+            f"{name} has shape {list(rows.shape)}, but {need} is needed; pass rows "
+            "padded to one length"
+        )
+    return rows
+
+
+def check_mask(mask: ArrayLike) -> None:
+    """Refuse other values than 0 and 1, which have other meanings elsewhere: what is added to
+    scores, numbers of documents."""
+    values = _as_rows("attention_mask", mask)
+    if not bool(((values == 0) | (values == 1)).all()):
+        low, high = values.min().item(), values.max().item()
+        raise ValueError(
+            f"attention_mask holds values from {low} to {high}, but must hold 1 at real tokens and "
+            "0 in the padding; pass the padding mask of a tokenizer or collator"
+        )
+
+
+def check_descriptor(name: str, x: Any) -> None:
+    """Refuse a descriptor of a packed row that holds no integers."""
+    if not isinstance(x, Tensor) or x.is_floating_point():
+        given = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise TypeError(
+            f"{name} is {given}, but must be a tensor of integers; pass what "
+            "PrefixTree.model_kwargs() gives"
+        )
+    if x.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device, where it holds no values, but they are needed to plan; "
+            "move the batch to the model's device, such as batch.to(model.device)"
+        )
+
+
+def check_range(name: str, values: np.ndarray, largest: int) -> None:
+    """Refuse values below 0 or above the largest."""
+    if values.min() < 0 or values.max() > largest:
+        raise ValueError(
+            f"{name} of real tokens lie in [{values.min()}, {values.max()}], but must lie in "
+            f"[0, {largest}]; mask the cells that hold no token"
+        )
