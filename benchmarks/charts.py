@@ -60,6 +60,19 @@ def grouped_bars(
     figure.legend(loc="outside upper center", ncols=len(bars) + 1, frameon=False)
 
 
+def line_panels(
+    figure: Any, lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str
+) -> None:
+    """A panel from zero up for each line, one under the other."""
+    figure.set_size_inches(7, 1.8 * len(lines))
+    column = figure.subplots(len(lines), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (name, points) in zip(column, lines.items(), strict=True):
+        axes.plot(*zip(*points, strict=True))
+        most = max(y for _, y in points)
+        axes.set(ylabel=name, xlim=(0, None), ylim=(0, 1.25 * most))
+    column[-1].set_xlabel(x_label)
+
+
 def lines_to_limit(
     figure: Any,
     lines: Mapping[str, Sequence[tuple[float, float]]],

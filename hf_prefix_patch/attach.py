@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +19,19 @@ from hf_prefix_patch.wrappers import backbone_of, outermost, unwrap
 logger = logging.getLogger(__name__)
 
 
+class Shared(NamedTuple):
+    """A decoder stack that was patched.
+
+    Attributes:
+        backbone: the stack.
+        found: the options of the patch that was there already, as `configure` takes them; None if
+            there was none.
+    """
+
+    backbone: PreTrainedModel
+    found: tuple[str, OnBypass, bool] | None
+
+
 def share_model(
     trainer: Any,
     backend: str,
@@ -27,7 +40,7 @@ def share_model(
     undo: ExitStack,
     module: nn.Module,
     is_policy: bool = True,
-) -> PreTrainedModel:
+) -> Shared:
     """Patch one model, or raise and leave it as it was.
 
     Args:
@@ -37,9 +50,6 @@ def share_model(
         module: the model as it is called, in its wrappers.
         is_policy: whether it is what is trained, not a model that a trainer holds beside that.
 
-    Returns:
-        Its decoder stack.
-
     Raises:
         TypeError, NotImplementedError, RuntimeError: as `enable_prefix_sharing`.
     """
@@ -48,12 +58,13 @@ def share_model(
     check_model(model, decoder_of(backbone))
     _check_other_patch(backbone)
     with ExitStack() as mine:
-        patch = patch_of(backbone)
+        patch, found = patch_of(backbone), None
         if patch is None:
             mine.callback(_restore, backbone)
             patch = BackbonePatch(backbone, backend, on_bypass)
         else:
-            mine.callback(patch.configure, patch.backend, patch.on_bypass, patch.cache_by_default)
+            found = patch.backend, patch.on_bypass, patch.cache_by_default
+            mine.callback(patch.configure, *found)
             mine.callback(setattr, patch, "last", patch.last)
         # Nobody goes on from the cache of a classifier, and a trainer that calls a model beside its
         # policy reads the outputs alone.
@@ -67,7 +78,7 @@ def share_model(
         name = type(backbone).__name__
         logger.info("prefix sharing enabled on %s, backend %s", name, patch.last.backend.name)
         undo.enter_context(mine.pop_all())
-    return backbone
+    return Shared(backbone, found)
 
 
 def _check_other_patch(backbone: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -46,6 +47,7 @@ ADVICE = {
     "an adapter that depends on the batch": _UNSHARED,
     "PEFT reads the activations of rows": "wait until PEFT has initialised its adapter",
     "context parallel": "set cp_size and sp_size of accelerate to 1",
+    "a torch.func transformation": "use torch.autograd",
     "DataParallel, which parts the rows of a batch": "use DistributedDataParallel: "
     "accelerate launch or torchrun start a process for each device",
     "a mask that is not causal attention to real tokens": _TEXT_ALONE,
@@ -132,6 +134,8 @@ def _bypass_reasons(
         yield adapters
     if _context_parallel():
         yield "context parallel"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        yield "a torch.func transformation"  # token ids cannot be read in one
 
 
 def passes_through(stack: PreTrainedModel, name: str, value: Any) -> bool:

@@ -138,7 +138,7 @@ class BackbonePatch:
 
     def bypass(self, reason: str, *, training: bool) -> None:
         """Count a call that runs as it is, and tell the user as asked."""
-        self.stats.bypassed[reason] += 1
+        self.stats.add_bypassed(reason)
         if reason == NOTHING_TO_GAIN or not (training or reason == CACHE_BY_DEFAULT):
             return
         message = f"prefix sharing is bypassed: {reason}. To share such a call, {advice(reason)}."
@@ -150,13 +150,14 @@ class BackbonePatch:
 
     def watch(self, tree: PrefixTree | None) -> None:
         """Say so when the first training calls share nothing."""
-        if self.unshared_training_calls is None:
+        calls = self.unshared_training_calls  # read once: another thread may train the model too
+        if calls is None:
             return
         if tree is not None and tree.packed_tokens < tree.row_tokens:
             self.unshared_training_calls = None
             return
-        self.unshared_training_calls += 1
-        if self.unshared_training_calls == _PATIENCE and self.on_bypass != "ignore":
+        self.unshared_training_calls = calls + 1
+        if calls + 1 == _PATIENCE and self.on_bypass != "ignore":
             warnings.warn(
                 f"prefix sharing: the first {_PATIENCE} training batches shared no token. Rows "
                 "that share a prompt must be in one batch and start in the same column (right "

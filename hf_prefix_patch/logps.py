@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from threading import RLock
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -141,18 +142,18 @@ class _HeadCall:
         called, self._cells = called_module(model), inputs["input_ids"].numel()
         # Compiled code was made without the hooks; the layers inside may well be compiled.
         target = getattr(model, "_orig_mod", model)
-        with _locks.setdefault(self._head, RLock()):
-            hooks = [
-                self._head.register_forward_pre_hook(self._before_head),
-                self._head.register_forward_hook(self._first_after_head, prepend=True),
-                self._head.register_forward_hook(self._last_after_head),
-                called.register_forward_hook(self._after_model),
-            ]
-            try:
-                logps: Tensor = target(**inputs, use_cache=False)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        head, mine = self._head, _in_this_thread
+        with _locks.setdefault(head, RLock()), ExitStack() as hooks:
+            for register in (
+                lambda: head.register_forward_pre_hook(mine(self._before_head)),
+                lambda: head.register_forward_hook(mine(self._first_after_head), prepend=True),
+                lambda: head.register_forward_hook(mine(self._last_after_head)),
+                lambda: called.register_forward_hook(mine(self._after_model)),
+            ):
+                hooks.callback(register().remove)
+            logps: Tensor = target(**inputs, use_cache=False)
+        if self._logps is None:  # it ran in threads of its own
+            raise self._no_head_call()
         return logps
 
     def _before_head(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -189,15 +190,18 @@ class _HeadCall:
 
     def _after_model(self, called: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         if self._logps is None or self._raw is None:
-            raise RuntimeError(
-                f"{self._name} did not call its LM head as a module, so completion_logps cannot "
-                "compute log-probs there; take them from the model's logits"
-            )
+            raise self._no_head_call()
         if self._unknown:
             logits = output[0] if isinstance(output, tuple) else output.logits
             self._compare(logits.detach(), self._raw)
             _compared[self._head] = self._options
         return self._logps
+
+    def _no_head_call(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self._name} did not call its LM head as a module, so completion_logps cannot "
+            "compute log-probs there; take them from the model's logits"
+        )
 
     def _compare(self, logits: Tensor, raw: Tensor) -> None:
         """Hold the model's own logits against what `linear_logps` makes of those of the head."""
@@ -213,6 +217,12 @@ class _HeadCall:
                 f"is known to tell (they differ by {error:.1e} of the largest from factor {scale}, "
                 f"soft cap {softcap}); take log-probs from its logits"
             )
+
+
+def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook for the calls that this thread makes: another may be using the model's logits."""
+    thread = get_ident()
+    return lambda *args: hook(*args) if get_ident() == thread else None
 
 
 _compared: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.attach import share_model
+from hf_prefix_patch.attach import Shared, share_model
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.hooks import OnBypass, patch_of
 from hf_prefix_patch.options import check_counts, check_switches
@@ -32,12 +32,14 @@ from hf_prefix_patch.wrappers import backbone_of, unwrap
 class PrefixSharing:
     """Handle on one or more patched decoder stacks; made by `enable_prefix_sharing`.
 
-    As a context manager it removes the patch on exit.
+    As a context manager it removes the patch on exit. Of a model that was shared already, it brings
+    back the options that it found, and sharing goes on.
     """
 
-    def __init__(self, backbones: list[PreTrainedModel]) -> None:
-        self._backbones = backbones
-        self._patches = [patch for patch in map(patch_of, backbones) if patch is not None]
+    def __init__(self, shared: list[Shared]) -> None:
+        self._backbones = [x.backbone for x in shared]
+        self._found = [x.found for x in shared]
+        self._patches = [patch for patch in map(patch_of, self._backbones) if patch is not None]
         self._trainer_patch: TrainerPatch | None = None
 
     @property
@@ -73,13 +75,19 @@ class PrefixSharing:
         return patch.last or patch.selection(backbone)
 
     def remove(self) -> None:
-        """Undo the patch; nothing of it is left. Removing twice is fine."""
+        """Undo the patch; nothing of it is left, whoever enabled it. Removing twice is fine."""
+        self._undo([None for _ in self._backbones])
+
+    def _undo(self, found: list[tuple[str, OnBypass, bool] | None]) -> None:
         if self._trainer_patch is not None:
             self._trainer_patch.remove()
-        for backbone in self._backbones:
-            patch = patch_of(backbone)
-            if patch is not None and patch in self._patches:
+        for backbone, patch, options in zip(self._backbones, self._patches, found, strict=True):
+            if patch_of(backbone) is not patch:
+                continue
+            if options is None:
                 patch.remove(backbone)
+            else:
+                patch.configure(*options)
 
     def __enter__(self) -> PrefixSharing:
         return self
@@ -90,7 +98,7 @@ class PrefixSharing:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.remove()
+        self._undo(self._found)
 
     def __repr__(self) -> str:
         active = any(map(patch_of, self._backbones))
@@ -185,10 +193,10 @@ def enable_prefix_sharing(
         check_trainer(trainer, keep_groups)
     with ExitStack() as undo:
         share = partial(share_model, trainer, backend, on_bypass, verify, undo)
-        backbones = [share(policy)]
+        shared = [share(policy)]
         for name, module in other_models_of(trainer, unwrap(policy)):
             try:
-                backbones.append(share(module, is_policy=False))
+                shared.append(share(module, is_policy=False))
             except RuntimeError as refusal:  # NotImplementedError is one
                 if on_bypass == "raise":
                     raise
@@ -198,7 +206,7 @@ def enable_prefix_sharing(
                         f"prefix sharing: {name} of the trainer runs as it is: {refusal}",
                         stacklevel=2,
                     )
-        handle = PrefixSharing(backbones)
+        handle = PrefixSharing(shared)
         if trainer is not None:
             handle._trainer_patch = TrainerPatch(
                 trainer,

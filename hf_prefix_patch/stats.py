@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from threading import Lock
 
 from hf_prefix_patch.tree import PrefixTree
+
+# Of the module, as stats are copied and pickled with their model.
+_lock = Lock()
 
 
 @dataclass
@@ -16,7 +20,7 @@ class SharingStats:
         row_tokens: real tokens in the rows of all shared calls.
         padded_tokens: cells in those rows, what the decoder would have run on.
         packed_tokens: tokens that the decoder ran on.
-        calls: shared calls.
+        calls: shared calls, those included that raised.
         bypassed: calls that ran as they were, by reason.
     """
 
@@ -32,10 +36,20 @@ class SharingStats:
         return self.row_tokens / self.packed_tokens if self.packed_tokens else 1.0
 
     def add(self, tree: PrefixTree) -> None:
-        self.row_tokens += tree.row_tokens
-        self.padded_tokens += tree.padded_tokens
-        self.packed_tokens += tree.packed_tokens
-        self.calls += 1
+        """Count a shared call; it counts from its start, whatever happens in it."""
+        with _lock:
+            rows, padded = (
+                self.row_tokens + tree.row_tokens,
+                self.padded_tokens + tree.padded_tokens,
+            )
+            counts = rows, padded, self.packed_tokens + tree.packed_tokens, self.calls + 1
+            # At once: Ctrl-C may come between any two lines.
+            self.row_tokens, self.padded_tokens, self.packed_tokens, self.calls = counts
+
+    def add_bypassed(self, reason: str) -> None:
+        """Count a call that runs as it is."""
+        with _lock:
+            self.bypassed[reason] += 1
 
     def __add__(self, other: SharingStats) -> SharingStats:
         return SharingStats(

@@ -187,21 +187,26 @@ class TrainerPatch:
             for owner, name, _ in self._new
             if name in owner.__dict__
         ]
-        for owner, name, value in self._new:
-            owner.__dict__[name] = value
-        if self.budget is not None:
-            self._trainer.add_callback(self.budget.callback)
-        self._trainer.__dict__[_STATE] = self
+        self._trainer.__dict__[_STATE] = self  # first: it is what undoes the rest
+        try:
+            for owner, name, value in self._new:
+                owner.__dict__[name] = value
+            if self.budget is not None:
+                self._trainer.add_callback(self.budget.callback)
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Put everything back; removing twice is fine."""
         if self._trainer.__dict__.get(_STATE) is not self:
             return
         for owner, name, _ in self._new:
-            del owner.__dict__[name]
+            owner.__dict__.pop(name, None)
         for owner, name, value in self._old:
             owner.__dict__[name] = value
-        if self.budget is not None:
+        callbacks = self._trainer.callback_handler.callbacks
+        if self.budget is not None and self.budget.callback in callbacks:
             self._trainer.remove_callback(self.budget.callback)
         del self._trainer.__dict__[_STATE]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -128,11 +128,20 @@ class _Calls:
         """`[R, L, H]` on the device of `ids`."""
         self._found.clear()
         self._ran = False
-        hooks = [
-            decoder_of(self._backbone).register_forward_pre_hook(self._before, with_kwargs=True),
-            self._backbone.register_forward_hook(self._after),
-        ]
+        decoder = decoder_of(self._backbone)
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": use_cache}
+        with ExitStack() as hooks:  # one goes even if Ctrl-C comes while another does
+            hooks.callback(decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            hooks.callback(self._backbone.register_forward_hook(self._after).remove)
+            self._call(inputs)
+        if len(self._found) != 1:
+            raise RuntimeError(
+                f"{type(self._called).__name__} called its decoder stack {len(self._found)} times "
+                "for one batch, so sharing cannot be verified; pass verify=False"
+            )
+        return self._found[0].to(ids.device)
+
+    def _call(self, inputs: dict[str, Any]) -> None:
         try:
             self._called(**inputs, **self._options)
         except Exception as error:
@@ -145,15 +154,6 @@ class _Calls:
                 ) from error
             if not self._found:
                 raise
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(self._found) != 1:
-            raise RuntimeError(
-                f"{type(self._called).__name__} called its decoder stack {len(self._found)} times "
-                "for one batch, so sharing cannot be verified; pass verify=False"
-            )
-        return self._found[0].to(ids.device)
 
     def outdated(self, patch: BackbonePatch) -> bool:
         """Whether the next call will have another backend than the last, from what that showed."""
@@ -219,7 +219,8 @@ def _shared_hidden(calls: _Calls, patch: BackbonePatch, ids: Tensor, mask: Tenso
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if not last and calls.outdated(patch):
                 continue
-            if isinstance(error, NotImplementedError):  # a refusal of our own
+            # A refusal of our own, or nothing that the model or its layers are to blame for.
+            if isinstance(error, NotImplementedError | torch.OutOfMemoryError):
                 raise
             raise RuntimeError(
                 f"verification of prefix sharing failed: {calls.name} does not run on a packed row "
@@ -233,25 +234,17 @@ def _shared_hidden(calls: _Calls, patch: BackbonePatch, ids: Tensor, mask: Tenso
 @contextmanager
 def evaluating(called: nn.Module) -> Iterator[None]:
     """Evaluation mode; training flags and the state of dynamic rotary embeddings come back."""
-    modules = list(called.modules())
-    flags = [module.training for module in modules]
-    rotary = [
-        (module, dict(module.__dict__), dict(module._buffers))
-        for module in modules
-        if hasattr(module, "max_seq_len_cached")
-    ]
-    for module in modules:  # not by train(), which wrappers and adapters may make more of
-        # On some CPUs a 4-bit layer that is called in evaluation mode repacks its weights for good,
-        # with a loss and for inference only. The mode changes nothing else in such layers.
-        module.training = is_bitsandbytes(module)
-    try:
+    with ExitStack() as restore:  # each for itself, whatever interrupts it
+        for module in called.modules():
+            if hasattr(module, "max_seq_len_cached"):
+                restore.callback(module._buffers.update, dict(module._buffers))
+                restore.callback(module.__dict__.update, dict(module.__dict__))
+        for module in called.modules():  # not by train(), which wrappers may make more of
+            restore.callback(setattr, module, "training", module.training)
+            # On some CPUs a 4-bit layer that is called in evaluation mode repacks its weights for
+            # good, with a loss and for inference only. The mode changes nothing else in such a one.
+            module.training = is_bitsandbytes(module)
         yield
-    finally:
-        for module, attributes, buffers in rotary:
-            module.__dict__.update(attributes)
-            module._buffers.update(buffers)
-        for module, training in zip(modules, flags, strict=True):
-            module.training = training
 
 
 def uncompiled() -> AbstractContextManager[Any]:
@@ -265,9 +258,8 @@ def uncompiled() -> AbstractContextManager[Any]:
 @contextmanager
 def _scratch_stats(patch: BackbonePatch) -> Iterator[SharingStats]:
     """Count on a scratch copy, and keep quiet."""
-    stats, on_bypass = patch.stats, patch.on_bypass
-    patch.stats, patch.on_bypass = SharingStats(), "ignore"
-    try:
+    with ExitStack() as restore:
+        restore.callback(setattr, patch, "stats", patch.stats)
+        restore.callback(setattr, patch, "on_bypass", patch.on_bypass)
+        patch.stats, patch.on_bypass = SharingStats(), "ignore"
         yield patch.stats
-    finally:
-        patch.stats, patch.on_bypass = stats, on_bypass

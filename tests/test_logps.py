@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from threading import Event, current_thread, main_thread
 
 import pytest
 import torch
@@ -301,6 +302,28 @@ def test_threads_take_turns_at_one_model():
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(work, range(16)):
             torch.testing.assert_close(got, want)
+
+
+def test_other_threads_keep_their_logits():
+    """One thread takes log-probs of the model, another its logits, for batches of one size."""
+    model, batch = tiny_model(), collate("rows")
+    with torch.no_grad():
+        want, logits = completion_logps(model, batch), model(batch["input_ids"]).logits
+    inside, done = Event(), Event()
+
+    def wait(*_):
+        if current_thread() is not main_thread():
+            inside.set()
+            assert done.wait(60)
+
+    model.model.norm.register_forward_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(completion_logps, model, batch)
+        assert inside.wait(60)
+        got = model(batch["input_ids"]).logits
+        done.set()
+        torch.testing.assert_close(running.result(), want)
+    torch.testing.assert_close(got, logits)
 
 
 @pytest.mark.parametrize("change", [lambda x: torch.tanh(x / 30) * 30, lambda x: x * 1.02])

@@ -184,8 +184,8 @@ def random_pairs(
 
     if max_length < 2:
         raise ValueError(
-            f"a row has at most {max_length} token, but needs one of a prompt and one of an answer; "
-            "give --max-length 2 or more"
+            f"a row has at most {max_length} token, but needs one of a prompt and one of "
+            "an answer; give --max-length 2 or more"
         )
     generator = torch.Generator().manual_seed(seed)
     values = {**config.to_dict(), **config.get_text_config().to_dict()}
