@@ -1,5 +1,7 @@
 # `make demo` and `make test` are all the set-up there is: both create .venv first.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(or $(shell command -v python3.11 || command -v python3),python3.11)
+CHECK_PYTHON := @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -10,7 +12,10 @@ CORE := $(addprefix tests/test_,$(addsuffix .py, \
 	attention collator logps packed parity patch peft planned sampler selection support \
 	tokenization trainer tree trl varlen verify versions))
 
-.PHONY: demo test test-versions lint format bench models clean
+# Where the wheel is installed with nothing but what it asks for.
+BARE := .venv-package
+
+.PHONY: demo test coverage test-versions package lint format bench models clean
 
 demo: $(READY)
 	$(BIN)/python -W ignore::FutureWarning examples/demo.py
@@ -18,10 +23,31 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# All tests and the doctests; fails below the percentage that pyproject.toml asks for.
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing
+
 test-versions: $(OLDER:%=test-%)
 
 test-%: .venv-%/.ready
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 $(CORE)
+
+# From the sources to an archive, from that to a wheel, and the wheel put to use where there is no
+# TRL, no PEFT and no copy of the sources. mypy looks at the installed package from a folder without
+# one, too. Uninstalling leaves nothing.
+package: $(READY)
+	rm -rf dist $(BARE)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --outdir dist
+	PACKAGE_DIST=dist $(BIN)/python -m pytest -q tests/test_package.py
+	$(PYTHON) -m venv $(BARE)
+	$(BARE)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(BARE)/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	$(BARE)/bin/python -m pip check
+	$(BARE)/bin/python -I tests/installed.py
+	cd dist && ../$(BIN)/mypy --strict --config-file= --cache-dir=/dev/null \
+		--python-executable ../$(BARE)/bin/python ../tests/typed_user.py
+	$(BARE)/bin/python -m pip uninstall --quiet --yes hf_prefix_patch
+	test -z "$$(find $(BARE) -iname '*hf*prefix*patch*')"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -49,10 +75,12 @@ models: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python docs/model_types.py
 
 clean:
-	rm -rf $(VENV) $(OLDER:%=.venv-%) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDER:%=.venv-%) $(BARE) build dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 
 # torch first and pinned: otherwise pip may choose a newer build for another accelerator.
 $(READY): pyproject.toml constraints.txt
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
@@ -61,6 +89,7 @@ $(READY): pyproject.toml constraints.txt
 
 .PRECIOUS: .venv-%/.ready
 .venv-%/.ready: constraints/%.txt pyproject.toml
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet -c $< torch
 	.venv-$*/bin/python -m pip install --quiet -c $< -e '.[core]'

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import NEEDS
 
 # The same batches in every run, and many others in the long one (docs/correctness.md).
-settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
-settings.register_profile(
-    "long", max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+# How long an example takes says nothing on a busy machine, or while coverage is measured.
+any_speed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=100, derandomize=True, **any_speed)
+settings.register_profile("long", max_examples=10_000, **any_speed)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

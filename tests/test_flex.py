@@ -125,3 +125,14 @@ def test_sinks_take_their_share(monkeypatch):
     grads = (torch.autograd.grad(x.sin().sum(), inputs) for x in (got, want))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_a_window_that_the_config_does_not_tell_of_is_refused():
+    tree = PrefixTree.from_rows([[1, 2, 3, 4], [1, 2, 5, 6]])
+    masks = {None: flex.tree_block_mask(tree, None, CPU)}
+    options = {"scaling": 0.3, "sliding_window": 3, "tree_block_masks": masks}
+    message = (
+        r'Linear passes the sliding window 3, but its config says \[None\]; pass backend="sdpa"'
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        flex.flex_attend(torch.nn.Linear(1, 1), *packed_inputs(tree), **options)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from varlen_emulator import (
     uninstall_flash,
 )
 
-from hf_prefix_patch import attention, enable_prefix_sharing, kernel_check, selection
+from hf_prefix_patch import attention, enable_prefix_sharing, kernel_check, selection, versions
 from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.backends.sdpa import SDPA
 from hf_prefix_patch.backends.varlen import FLASH, TORCH_VARLEN
@@ -124,6 +126,34 @@ def test_no_flash_attention_installed(ampere):
     assert chosen.backend is TORCH_VARLEN
     reason = 'transformers finds no variable-length function for "flash_attention_3"'
     assert reason in chosen.passed_over["flash"]
+
+
+@pytest.mark.parametrize(
+    ("resolved", "implementation", "reason"),
+    [
+        (True, "flash_attention_2", "the kernel has none"),
+        (False, "some/kernel-flash", "it knows ['flash_attention_2', 'flash_attention_3'] only"),
+    ],
+)
+def test_flash_attention_without_ragged_rows(ampere, resolved, implementation, reason):
+    """A kernel that has no such function, and one of which an older transformers tells nothing."""
+    ampere.setattr(versions, "FLASH_IS_RESOLVED", resolved)
+    ampere.setattr(
+        "transformers.modeling_flash_attention_utils.lazy_import_flash_attention",
+        lambda implementation: ((None, None, None, None), None),
+        raising=False,
+    )
+    chosen = selection.select("auto", needs(implementation=implementation), "Model")
+    assert reason in chosen.passed_over["flash"]
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_older_transformers_leave_the_function_to_the_package(ampere, name):
+    ampere.setattr(versions, "FLASH_IS_RESOLVED", False)
+    package = SimpleNamespace(flash_attn_varlen_func=flash_2)
+    module = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[name]
+    ampere.setitem(sys.modules, module, package)
+    assert selection.select("auto", needs(implementation=name), "Model").backend is FLASH
 
 
 def test_flex_is_taken_by_name_only(ampere):
