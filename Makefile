@@ -15,7 +15,7 @@ CORE := $(addprefix tests/test_,$(addsuffix .py, \
 # Where the wheel is installed with nothing but what it asks for.
 BARE := .venv-package
 
-.PHONY: demo test coverage test-versions package lint format bench models clean
+.PHONY: demo test coverage long test-versions package lint format bench models messages picture docs clean
 
 demo: $(READY)
 	$(BIN)/python -W ignore::FutureWarning examples/demo.py
@@ -26,6 +26,10 @@ test: $(READY)
 # All tests and the doctests; fails below the percentage that pyproject.toml asks for.
 coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing
+
+# Random batches at length: hours.
+long: $(READY)
+	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_properties.py
 
 test-versions: $(OLDER:%=test-%)
 
@@ -65,17 +69,30 @@ bench: $(READY)
 	$(BIN)/python benchmarks/preference_sets.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/logps.py
+	$(BIN)/python benchmarks/soak.py
 	@test -n "$(DATA)" || echo "give DATA=pairs.jsonl to count tokens and to time training"
 	test -z "$(DATA)" || $(BIN)/python benchmarks/preference_sets.py --data $(DATA)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/token_ratios.py --data $(DATA)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/trl_step.py --data $(DATA)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/training.py --data $(DATA)
+	test -z "$(DATA)" || $(BIN)/python benchmarks/predictions.py --data $(DATA)
+	test -z "$(DATA)" || $(BIN)/python benchmarks/equivalence.py --data $(DATA)
 
 models: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python docs/model_types.py
 
+messages: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/messages.py
+
+picture: $(READY)
+	$(BIN)/python docs/picture.py
+
+# Without the notice of the theme's authors, which says when they stop maintaining it.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(OLDER:%=.venv-%) $(BARE) build dist
+	rm -rf $(VENV) $(OLDER:%=.venv-%) $(BARE) .venv-docs build dist site
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 
 # torch first and pinned: otherwise pip may choose a newer build for another accelerator.
@@ -93,4 +110,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet -c $< torch
 	.venv-$*/bin/python -m pip install --quiet -c $< -e '.[core]'
+	touch $@
+
+.venv-docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r $<
 	touch $@

@@ -75,7 +75,7 @@ class DataCollatorWithPrefixSharing:
             with no token at all, or reference log-probs that only some have or that are not finite.
         TypeError: an option or a column of another type.
 
-    Example:
+    Examples:
         >>> collator = DataCollatorWithPrefixSharing(pad_token_id=0)
         >>> pair = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}
         >>> batch = collator([pair])
@@ -177,7 +177,7 @@ class DataCollatorWithPrefixSharing:
         Raises:
             TypeError: what cannot be called.
 
-        Example:
+        Examples:
             >>> def collator(examples):
             ...     return {"input_ids": torch.tensor(examples)}
             >>> batch = DataCollatorWithPrefixSharing.wrap(collator)([[5, 6, 7], [5, 6, 8]])

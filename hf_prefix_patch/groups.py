@@ -102,7 +102,7 @@ def group_rows(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         ValueError: something else, such as the images of a vision-language model.
 
-    Example:
+    Examples:
         >>> rows = torch.tensor([[5], [6], [5], [6]])
         >>> first, second = group_rows([{"prompt_ids": rows[:2]}, {"prompt_ids": rows[2:]}])
         >>> first["prompt_ids"].tolist(), second["prompt_ids"].tolist()

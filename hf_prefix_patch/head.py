@@ -62,7 +62,7 @@ def linear_logps(
             `softcap` or `chunk_size` that is not positive.
         RuntimeError: in a backward with `create_graph=True`.
 
-    Example:
+    Examples:
         >>> hidden, weight, target = torch.randn(3, 8), torch.randn(50, 8), torch.tensor([4, 0, 49])
         >>> want = torch.log_softmax(hidden @ weight.T, dim=1)[range(3), target]
         >>> torch.allclose(linear_logps(hidden, weight, None, target), want, atol=1e-5)

@@ -55,7 +55,7 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Any], per_token: bool
         NotImplementedError: a model that changes its logits after the LM head in another way than
             its config is known to tell.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
         >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,

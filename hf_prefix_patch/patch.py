@@ -166,7 +166,7 @@ def enable_prefix_sharing(
             kernel computes wrong results on this device, or a text decoder would be patched by
             itself and with the composite around it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,

@@ -43,7 +43,7 @@ class PrefixIndex:
         places: for each example the places of its rows, ascending.
         lengths: tokens of the row at each place.
 
-    Example:
+    Examples:
         >>> pairs = [[[5, 6, 7], [5, 6, 8]], [[5, 6, 7, 9], [4]]]
         >>> index = PrefixIndex([np.array(ids) for ids in pair] for pair in pairs)
         >>> index.places

@@ -71,7 +71,7 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
             rank out of range.
         TypeError: data without length or indexing, or an option of another type.
 
-    Example:
+    Examples:
         >>> data = [
         ...     {"prompt_ids": [1, 2, 3, p], "chosen_ids": [c], "rejected_ids": [9]}
         ...     for p, c in [(4, 6), (5, 6), (4, 7), (5, 7)]

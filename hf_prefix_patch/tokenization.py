@@ -72,7 +72,7 @@ def tokenize_preferences(
             rejected, mixes strings and messages, or has no prompt message or no token in an answer;
             a tokenizer without what it must have.
 
-    Example:
+    Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import PreTrainedTokenizerFast
         >>> words = {"<eos>": 0, "two": 1, "and": 2, "is": 3, "four": 4, "five": 5}

@@ -53,7 +53,7 @@ class PrefixTree:
         parents: `S` ints, the parent of each segment, -1 for a root.
         segment_lengths: `S` ints, tokens in each segment.
 
-    Example:
+    Examples:
         >>> tree = PrefixTree.from_rows([[5, 6, 7, 8], [5, 6, 9, 0]], [[1, 1, 1, 1], [1, 1, 1, 0]])
         >>> tree.row_tokens, tree.padded_tokens, tree.packed_tokens
         (7, 8, 5)
@@ -165,7 +165,7 @@ class PrefixTree:
             ValueError: descriptors that do not fit the packed row or one another, or hold no data.
             TypeError: descriptors that are no tensors of integers.
 
-        Example:
+        Examples:
             >>> tree = PrefixTree.from_rows([[5, 6, 7], [5, 6, 9]])
             >>> kwargs = tree.model_kwargs()
             >>> lengths = [kwargs.pop(f"tree_max_seqlen_{x}") for x in "qk"]

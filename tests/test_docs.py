@@ -1,9 +1,12 @@
 """The documents hold: code blocks run, commands parse, links lead somewhere, tables are whole."""
 
 import ast
+import csv
 import json
 import re
+import runpy
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
@@ -11,9 +14,11 @@ import types
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from composites import COMPOSITES
 from families import FAMILIES, HYBRIDS
@@ -29,19 +34,27 @@ from hf_prefix_patch.switch import CHOICES, VARIABLE, LaunchOptions
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_prefix_patch"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+RECIPES = DOCS / "recipes.md"
 README = PAGES[0].read_text()
 
 # Python blocks that are run elsewhere, or nowhere.
 ELSEWHERE = {
-    "bnb_4bit_quant_type": "test_quantised.py",
     "deepspeed.initialize": "test_wrappers.py, in other words, where DeepSpeed is installed",
 }
 
+# What scripts for a GPU say, and what they say here: a tiny model without one, and little time.
+SMALLER = {
+    "bf16=True,": "bf16=True, use_cpu=True,",
+    "max_completion_length=256": "max_completion_length=8",
+    "max_steps=100": "max_steps=2",
+}
 
-def blocks_of(language):
+
+def blocks_of(language, pages=PAGES):
     """Every block of that language in the documents, with its page and line as its name."""
-    for page in PAGES:
+    for page in pages:
         for match in re.finditer(rf"```{language}\n(.*?)```", page.read_text(), flags=re.S):
             line = page.read_text().count("\n", 0, match.start()) + 2
             if not any(mark in match[1] for mark in ELSEWHERE):
@@ -58,9 +71,23 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """The environment of a script that `torchrun` started, in one process."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+    for name, value in {**place, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore:prefix sharing is bypassed. key/value cache by default")
 @pytest.mark.filterwarnings("ignore:.*(deprecated|experimental):FutureWarning")
-@pytest.mark.parametrize("block", [*blocks_of("python")])
+@pytest.mark.parametrize("block", [*blocks_of("python", [x for x in PAGES if x != RECIPES])])
 def test_blocks_run(block, tmp_path, monkeypatch, request):
     """Each block with tiny models, trainers, data and files under the names that it uses."""
     monkeypatch.chdir(tmp_path)
@@ -79,8 +106,6 @@ def test_blocks_run(block, tmp_path, monkeypatch, request):
         "tokenizer": tiny_tokenizer(),
         "path": path,
         "pairs": preference_pairs(),
-        "prompts": preference_pairs().select_columns("prompt"),
-        "reward": lambda completions, **_: [float(len(str(x)) % 5) for x in completions],
         "ids": torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]]),
         "mask": torch.ones(2, 4, dtype=torch.long),
         "policy": MixedPrecisionPolicy(),
@@ -101,6 +126,27 @@ def test_blocks_run(block, tmp_path, monkeypatch, request):
         plugin.post_model_load(None, trainer.model)
         plugin.post_trainer_create(None, trainer)
         trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:.*(deprecated|experimental):FutureWarning")
+# Of every forward that returns what a linear layer gives; nothing here writes to it.
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+@pytest.mark.parametrize("script", [*blocks_of("python", [RECIPES])])
+def test_recipes_run(script, tmp_path, monkeypatch, request):
+    """Each by itself, where a folder `model` and a file `pairs.jsonl` are all there is."""
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, preference_pairs())))
+    tiny_tokenizer().save_pretrained(save_tiny_model(tmp_path / "model"))
+    if "init_process_group" in script:
+        request.getfixturevalue("launched")
+    for large, small in SMALLER.items():
+        script = script.replace(large, small)
+    names = {"__name__": "__main__"}
+    exec(script, names)
+    stats = names["sharing"].stats
+    assert stats.sharing_ratio > 1.5
+    assert set(stats.bypassed) <= ({"key/value cache"} if "GRPO" in script else set())
 
 
 def commands(block):
@@ -169,9 +215,64 @@ def test_links_lead_somewhere(page):
             assert place in map(anchor, headings), link
 
 
-def test_readme_leads_to_every_page():
-    for page in PAGES[1:]:
-        assert f"(docs/{page.name})" in README
+def pages_of(entries):
+    """The pages of a part of the navigation."""
+    for (_, below), *_ in map(dict.items, entries):
+        yield from pages_of(below) if isinstance(below, list) else [below]
+
+
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+
+def test_every_page_is_in_the_navigation_once():
+    pages = [page.relative_to(DOCS).as_posix() for page in PAGES[1:]]
+    assert sorted(pages_of(SITE["nav"])) == sorted([*pages, "index.md", "CHANGELOG.md"])
+
+
+def test_readme_leads_to_every_part_of_the_site():
+    for (title, below), *_ in map(dict.items, SITE["nav"][1:]):
+        linked = [page for page in pages_of(below) if re.search(rf"\((docs/)?{page}\)", README)]
+        assert linked, title
+
+
+def test_every_page_begins_with_what_it_answers():
+    for page in PAGES:
+        title, paragraph = page.read_text().split("\n\n")[:2]
+        assert re.fullmatch("# .+", title), page.name
+        assert re.match(r"[\w`*]", paragraph), page.name
+
+
+def test_the_picture_is_the_one_that_its_script_draws():
+    script = runpy.run_path(str(DOCS / "picture.py"))
+    drawn = script["picture"](script["ROWS"])
+    assert (DOCS / "how-it-works.svg").read_text() == drawn
+    ElementTree.fromstring(drawn)
+
+
+def figures_of(table):
+    """Numbers with a decimal point, and cells that are a number, as they are written."""
+    for cell in re.sub(r"\]\(\S*\)", "", table).replace("**", "").split("|"):
+        yield from re.findall(r"\d+\.\d+", cell) or re.findall(r"^ *(\d+) *$", cell)
+
+
+@pytest.mark.parametrize(("page", "at_least"), [("benchmarks.md", 100), ("batches.md", 20)])
+def test_figures_are_those_of_the_results(page, at_least):
+    """In the tables of a section that links to results, each is in one of them, rounded."""
+    seen = 0
+    for section in re.split("^## ", (DOCS / page).read_text(), flags=re.M):
+        results = re.findall(r"\(\.\./(benchmarks/results/\S+)\.md\)", section)
+        cells = chain.from_iterable(chain.from_iterable(map(read_csv, results)))
+        measured = [float(x) for x in cells if re.fullmatch(r"[\d.e+-]*\d", x)]
+        table = "\n".join(re.findall(r"^\|.*\|$", section, flags=re.M)) if results else ""
+        for figure in figures_of(table):
+            digits = len(figure.partition(".")[2])
+            assert any(f"{x:.{digits}f}" == figure for x in measured), (section[:30], figure)
+            seen += 1
+    assert seen >= at_least
+
+
+def read_csv(result):
+    return list(csv.reader((ROOT / f"{result}.csv").read_text().splitlines()))
 
 
 HOW = (ROOT / "docs" / "how-it-works.md").read_text()

@@ -1,7 +1,6 @@
 """Base models quantised by bitsandbytes under LoRA: the same numbers as without sharing."""
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from peft import prepare_model_for_kbit_training
 from test_parity import assert_error_at_most_doubles
 from test_peft import CHECKPOINTING, lora_config, policy_and_reference, wrap
 from test_peft_methods import moved
-from tiny_trl import assert_same_log, preference_pairs, run_dpo, tiny_tokenizer
+from tiny_trl import assert_same_log, run_dpo
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_prefix_patch import enable_prefix_sharing
@@ -242,15 +241,3 @@ def distance(got, want):
     """Of log-probs and of gradients, as one vector each."""
     gradients = sum((got[1][n] - gradient).square().sum() for n, gradient in want[1].items())
     return (got[0] - want[0]).norm().item(), gradients.sqrt().item()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_recipe_in_the_docs_runs(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
-    if not torch.cuda.is_available():
-        block = block.replace("bf16=True,", "bf16=True, use_cpu=True,")
-    names = {"path": folder, "dataset": preference_pairs(4), "tokenizer": tiny_tokenizer()}
-    exec(block, names)
-    assert names["trainer"].state.global_step > 0

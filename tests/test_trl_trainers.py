@@ -560,8 +560,6 @@ def test_the_page_of_trainers_runs(llama, tmp_path, monkeypatch):
         "model": causal_model(llama),
         "tokenizer": tiny_tokenizer(),
         "pairs": preference_pairs(),
-        "prompts": prompts(8, 20),
-        "reward": digit_sum,
     }
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     ratios = []
@@ -570,8 +568,8 @@ def test_the_page_of_trainers_runs(llama, tmp_path, monkeypatch):
         exec(block, names)
         if "sharing" in names:
             ratios.append(names["sharing"].stats.sharing_ratio)
-    assert len(blocks) == 4
-    assert all(ratio > 1.5 for ratio in ratios)
+    assert len(blocks) == 2
+    assert [ratio > 1.5 for ratio in ratios] == [True]
     assert len(names["unpaired"]) == 24
     both = names["unpaired"]["prompt"][:8]
     assert both[:4] == both[4:]
