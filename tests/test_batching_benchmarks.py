@@ -277,3 +277,31 @@ def test_peak_resident(module):
 
 def test_own_process(module):
     assert module("training").in_own_process(os.getpid) != os.getpid()
+
+
+def test_equivalence(module, monkeypatch, tiny, tmp_path):
+    """All runs, from one adapter; the shared run is as near to the unshared as more padding is."""
+    monkeypatch.chdir(tmp_path)
+    equivalence = module("equivalence")
+    monkeypatch.setattr(equivalence, "in_own_process", lambda call, *args: call(*args))
+    path = write_pairs(tmp_path / "talk.jsonl", preference_pairs(8))
+    given = ["--data", str(path), "--model", str(tiny), "--threads", "1", "--out", "out"]
+    equivalence.main([*given, "--steps", "4", "--every", "2", "--max-length", "100"])
+    by_step, summary = tables(tmp_path / "out").values()
+    assert (tmp_path / "out" / "4-steps-of-dpo-with-lora-tiny-talk.png").stat().st_size > 5_000
+    names = ["unshared", "shared", "unshared, more padding", "shared, other order"]
+    assert [line["run"] for line in summary] == names
+    tokens = [int(line["decoder tokens"]) for line in summary]
+    assert tokens[1] < tokens[0] < tokens[2]
+    apart = [float(line["adapter distance"]) for line in summary]
+    assert apart[0] == 0 < apart[1] < 1e-3
+    assert 0 < apart[2] < 1e-3
+    assert apart[3] > 0.1
+    differences = [float(line["largest loss difference"]) for line in summary]
+    assert differences[0] == 0
+    assert max(differences[1:3]) < 1e-5 < differences[3]
+    assert [line["step"] for line in by_step] == ["1", "2", "3", "4"]
+    assert [bool(line["shared: adapter distance"]) for line in by_step] == [False, True] * 2
+    assert float(by_step[3]["shared: adapter distance"]) == apart[1]
+    with pytest.raises(ValueError, match="has 8 pairs with rows of at most 100 tokens, but 5 steps"):
+        equivalence.main([*given, "--steps", "5", "--max-length", "100"])
