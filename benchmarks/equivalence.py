@@ -5,8 +5,9 @@
 DPO with LoRA in stock TRL, several times from the same seed over the same pairs in the same order:
 unshared; shared; and unshared again with every batch padded to a multiple of so many columns, which
 changes nothing but how sums are rounded. Optimizers let rounding grow from step to step, so two
-runs are never the same for long. The last run says what is to be expected; a shared run is right if
-it is no further from the unshared one. One more shared run, over the pairs in another order, shows
+runs are never the same for long. The last run says what is to be expected; a shared run, whose sums
+have another order altogether, should be about as far from the unshared one, and losses no further
+apart. One more shared run, over the pairs in another order, shows
 how far apart runs are that do differ.
 
 The distance of two adapters is the norm of the difference of their parameters over the norm of

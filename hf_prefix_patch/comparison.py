@@ -163,7 +163,7 @@ def compare_sharing(
         NotImplementedError: a model, or calls of it, that cannot be shared.
         RuntimeError: the model is patched already.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from hf_prefix_patch import DataCollatorWithPrefixSharing
         >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,

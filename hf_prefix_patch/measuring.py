@@ -56,7 +56,7 @@ class TensorMemory(TorchDispatchMode):
 
     Views and results written into given tensors take no memory of their own and count nothing.
 
-    Example:
+    Examples:
         >>> x = torch.zeros(1024)
         >>> with TensorMemory() as memory:
         ...     y = (x + 1) * 2  # x + 1 is alive until the product is there
