@@ -133,7 +133,7 @@ def test_scripts_import_what_their_extras_bring(folder):
     extras = PROJECT["optional-dependencies"]
     asked = [*PROJECT["dependencies"], *extras["demo"], *extras["trl"]]
     known = {Requirement(line).name for line in asked} | set(sys.stdlib_module_names)
-    known |= {"tokenizers"}  # transformers needs it
+    known |= {"tokenizers", "psutil"}  # transformers and accelerate need them
     known |= {
         path.stem for name in ("examples", "benchmarks") for path in ROOT.glob(f"{name}/*.py")
     }
