@@ -23,6 +23,7 @@ import torch
 from charts import line_panels
 from decoder import SHAPES, build_decoder
 from report import machine, write_table
+from torch._subclasses import FakeTensor
 from tqdm import trange
 from transformers import PreTrainedModel
 
@@ -178,6 +179,7 @@ def sample(step: int, handles: Sequence[PrefixSharing]) -> Sample:
     gc.collect()
     objects = [x for x in gc.get_objects() if type(x) is not Sample]
     tensors = [x for x in objects if issubclass(type(x), torch.Tensor)]
+    tensors = [x for x in tensors if not isinstance(x, FakeTensor)]  # of compiled graphs: no memory
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
     resident = psutil.Process().memory_info().rss
     cached = sum(len(p._seen) + len(p._selections) for handle in handles for p in handle._patches)

@@ -205,8 +205,11 @@ class TrainerPatch:
             owner.__dict__.pop(name, None)
         for owner, name, value in self._old:
             owner.__dict__[name] = value
-        callbacks = self._trainer.callback_handler.callbacks
-        if self.budget is not None and self.budget.callback in callbacks:
+        # Not there yet, where adding it failed.
+        if (
+            self.budget is not None
+            and self.budget.callback in self._trainer.callback_handler.callbacks
+        ):
             self._trainer.remove_callback(self.budget.callback)
         del self._trainer.__dict__[_STATE]
 

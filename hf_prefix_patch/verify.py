@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -247,12 +247,14 @@ def evaluating(called: nn.Module) -> Iterator[None]:
         yield
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """Compiled code runs as it was written: what is compiled for this batch would serve no other"""
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield
+    else:  # in force once made, before it is entered: Ctrl-C must find nothing in between
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
 
 @contextmanager

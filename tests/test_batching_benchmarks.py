@@ -303,5 +303,5 @@ def test_equivalence(module, monkeypatch, tiny, tmp_path):
     assert [line["step"] for line in by_step] == ["1", "2", "3", "4"]
     assert [bool(line["shared: adapter distance"]) for line in by_step] == [False, True] * 2
     assert float(by_step[3]["shared: adapter distance"]) == apart[1]
-    with pytest.raises(ValueError, match="has 8 pairs with rows of at most 100 tokens, but 5 steps"):
+    with pytest.raises(ValueError, match="has 8 pairs with rows of at most 100 tokens, but 5 "):
         equivalence.main([*given, "--steps", "5", "--max-length", "100"])

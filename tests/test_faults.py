@@ -13,6 +13,7 @@ from families import tiny_model
 from test_parity import set_checkpointing
 from test_patch import footprint
 from tiny_trl import build_trainer, load, save_tiny_model
+from torch._dynamo import eval_frame
 
 from hf_prefix_patch import (
     PrefixTree,
@@ -189,6 +190,7 @@ def test_ctrl_c_anywhere_while_enabling(make, step):
         if linecache.getline(file, int(number)).strip() == "return handle":
             disable_prefix_sharing(model)
         assert snapshot(model) == before, f"{Path(file).name}:{number}"
+        assert eval_frame._stance.stance == "default", f"{Path(file).name}:{number}"
     assert line > 150
     disable_prefix_sharing(model)
     assert snapshot(model) == before

@@ -252,6 +252,7 @@ def sampler_of(*args: Any, **options: Any) -> PrefixSharingBatchSampler:
         raise
 
 
+@pytest.mark.filterwarnings("ignore:a row has no completion token")
 @given(PAIRS, st.data())
 def test_limits_of_batches_hold_together(pairs: list[dict[str, Any]], data: st.DataObject) -> None:
     """Tokens, pairs and pairs of one prompt at once, on any number of ranks: each pair comes once,
