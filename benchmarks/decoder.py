@@ -40,9 +40,10 @@ def _shape(layers: int, hidden: int, heads: int, kv: int, mlp: int, vocab: int, 
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "tiny": (LlamaConfig, _shape(2, 64, 4, 2, 128, 512)),
     "small": (LlamaConfig, _shape(6, 384, 6, 2, 1024, 8192)),
-    # SmolLM2-135M, Qwen2.5-1.5B and Qwen2.5-7B
+    # SmolLM2-135M, Qwen2.5-1.5B and Qwen2.5-7B; of the second also a 14th: layers and vocabulary
     "135m": (LlamaConfig, _shape(30, 576, 9, 3, 1536, 49152, tie_word_embeddings=True)),
     "1.5b": (Qwen2Config, _shape(28, 1536, 12, 2, 8960, 151936, tie_word_embeddings=True)),
+    "1.5b/14": (Qwen2Config, _shape(2, 1536, 12, 2, 8960, 10852, tie_word_embeddings=True)),
     "7b": (Qwen2Config, _shape(28, 3584, 28, 4, 18944, 152064, tie_word_embeddings=False)),
 }
 

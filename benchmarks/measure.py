@@ -1,10 +1,11 @@
 """What the benchmarks of a decoder share: options, sides, time in turn, peak memory."""
 
 import argparse
+import ctypes
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,11 @@ from transformers.utils import is_flash_attn_2_available
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.measuring import peak_of, seconds_of
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
 DEFAULTS = {
-    "cpu": {"dtype": "float32", "shape": "small"},
-    "cuda": {"dtype": "bfloat16", "shape": "1.5b"},
+    "cpu": {"dtype": "float32", "shape": "small", "frozen": False},
+    "cuda": {"dtype": "bfloat16", "shape": "1.5b", "frozen": False},
 }
 
 
@@ -35,8 +38,9 @@ def parse(
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, or float32")
-    add("--shape", choices=SHAPES, help="size of the decoder; 1.5b on CUDA, else small")
-    add("--frozen", action="store_true", help="no gradients of weights, as under LoRA")
+    add("--shape", choices=SHAPES, help="size of the decoder")
+    frozen = "no gradients of weights, as under LoRA"
+    add("--frozen", action=argparse.BooleanOptionalAction, help=frozen)
     if "checkpointing" in defaults["cpu"]:
         add("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
@@ -53,6 +57,18 @@ def fill_in(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
             setattr(args, name, value)
     args.dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
+
+
+def keep_freed_memory() -> None:
+    """From here on glibc gives what is freed back to the next tensor, not to the system.
+
+    Otherwise each large tensor is mapped anew, and the time that a large batch takes on a CPU is in
+    part that of the system zeroing pages. Without glibc nothing changes.
+    """
+    with suppress(AttributeError):
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(_M_MMAP_MAX, 0)
+        set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def setting(args: argparse.Namespace) -> str:

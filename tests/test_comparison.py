@@ -13,6 +13,7 @@ from tiny_trl import lora_config, perturb
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hf_prefix_patch import DataCollatorWithPrefixSharing, attention, enable_prefix_sharing
+from hf_prefix_patch import comparison as comparison_module
 from hf_prefix_patch.commands.verify import random_pairs
 from hf_prefix_patch.comparison import Comparison, Difference, compare_sharing
 from hf_prefix_patch.hooks import patch_of
@@ -206,6 +207,32 @@ def comparison(differences=None, gradients=None):
         unshared_seconds=[],
         shared_seconds=[],
     )
+
+
+@pytest.mark.parametrize(
+    ("shares", "draws"),
+    [
+        ([0.5] * 3, 3),
+        ([1.5] * 5 + [0.9], 6),  # the first that explains it
+        ([0.5, 1.5, 0.5, 20.0], 3),
+        ([1.5] * 12, 12),
+        ([20.0] * 3, 3),
+        ([float("nan")] * 3, 3),
+    ],
+)
+def test_doubt_takes_more_draws(monkeypatch, shares, draws):
+    """As many as explain a difference of the size of the noise; one far beyond it needs no more."""
+    model = tiny_model()
+    made, given = [], iter(shares)
+
+    def of_gradients(shared, noises, dtype):
+        made.append(len(noises))
+        return {"weight": Difference(error=next(given), noise=0.5, allowed=1.0)}
+
+    monkeypatch.setattr(comparison_module, "_of_gradients", of_gradients)
+    found = compare_sharing(model, batch_of(model))
+    assert made == list(range(1, draws + 1))
+    assert found.gradients["weight"].error == pytest.approx(shares[draws - 1], nan_ok=True)
 
 
 def test_verdicts():
