@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 
 from hf_prefix_patch import __version__
 from hf_prefix_patch.commands import estimate, run, verify
@@ -15,7 +16,15 @@ COMMANDS = {"run": run, "estimate": estimate, "verify": verify}
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run its command."""
     options = parse(arguments)
-    options.command(options)
+    if options.command is run.main:  # whose script has warnings of its own
+        run.main(options)
+        return
+    as_python_has_it = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        options.command(options)
+    finally:
+        warnings.formatwarning = as_python_has_it
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

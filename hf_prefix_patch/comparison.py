@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prefix_patch.measuring import peak_of
-from hf_prefix_patch.runs import Runs, checkpoint_layers, moved_embeddings
+from hf_prefix_patch.runs import Runs, checkpointing, moved_embeddings, random_state
 from hf_prefix_patch.verify import evaluating, uncompiled
 from hf_prefix_patch.wrappers import unwrap
 
@@ -163,7 +163,7 @@ def compare_sharing(
     Raises:
         TypeError: `model` holds no transformers model.
         ValueError: a batch that is no preference batch, in which no two rows share a token, or for
-            which the unshared model returns NaN or infinity.
+            which the unshared model returns NaN or infinity; a model that draws random numbers.
         NotImplementedError: a model, or calls of it, that cannot be shared.
         RuntimeError: the model is patched already.
 
@@ -179,9 +179,15 @@ def compare_sharing(
         ('equal', 11, 8, 21)
     """
     runs = Runs(model, batch, gradients)
-    with evaluating(model), uncompiled(), runs.gradients_aside():
-        checkpoint_layers(model)
+    with evaluating(model), uncompiled(), runs.gradients_aside(), checkpointing(model):
+        before = random_state(runs.device)
         runs.values()  # what a first call sets up is in no figure
+        if not all(map(torch.equal, before, random_state(runs.device))):
+            raise ValueError(
+                f"{type(unwrap(model)).__name__} draws random numbers in evaluation mode, or with "
+                "gradient checkpointing, so no two runs of it are alike; leave out gradient "
+                "checkpointing, or set its dropout to 0"
+            )
         unshared_bytes = peak_of(runs.values, runs.device)
         unshared, held = runs.last, runs.gradients("cpu")
         if not all(bool(x.isfinite().all()) for x in (unshared, *held.values())):

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig
 
 from hf_prefix_patch.columns import TruncationMode, check_truncation_mode
-from hf_prefix_patch.flops import DecoderShape, Flops, step_flops
+from hf_prefix_patch.flops import DecoderShape, Flops, empty_model, step_flops
 from hf_prefix_patch.options import check_counts
 from hf_prefix_patch.pair_files import read_pairs
+from hf_prefix_patch.patch import enable_prefix_sharing
 from hf_prefix_patch.preferences import CUT
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.tokenization import encoded, report_cuts
@@ -118,6 +120,7 @@ class Estimate:
         max_tokens: budget of the last of them.
         suggested_max_tokens: unique tokens that take the decoder's memory of padded batches: the
             most cells that one of them has.
+        refusal: why the model cannot be shared, where that is known.
     """
 
     data: DataSet
@@ -126,6 +129,7 @@ class Estimate:
     epochs: dict[str, Epoch]
     max_tokens: int
     suggested_max_tokens: int
+    refusal: str | None = None
 
     def speed_up(self, way: str, over: str = "padded") -> float:
         """Ratio of the FLOPs of two ways, or of the tokens without a model's shape."""
@@ -190,12 +194,31 @@ def read_data_set(
     return DataSet(pairs, sizes, int((rows > (max_length or inf)).sum()))
 
 
-def estimate(data: DataSet, setting: Setting, shape: DecoderShape | None = None) -> Estimate:
+def refusal_of(config: PretrainedConfig) -> str | None:
+    """Why a model cannot be shared, as far as it shows without its weights; None if nothing does.
+
+    Raises:
+        ValueError: as of `DecoderShape.of`.
+    """
+    try:
+        enable_prefix_sharing(empty_model(config), verify=False).remove()
+    except NotImplementedError as refusal:
+        return str(refusal)
+    return None
+
+
+def estimate(
+    data: DataSet,
+    setting: Setting,
+    shape: DecoderShape | None = None,
+    refusal: str | None = None,
+) -> Estimate:
     """Count an epoch in each way of running it, and predict what that costs.
 
     Args:
         data: read with the `max_length` and `truncation_mode` of the setting.
         shape: of the model; without it, tokens alone are compared.
+        refusal: see `refusal_of`.
 
     Raises:
         ValueError: a pair has more unique tokens than `max_tokens`.
@@ -217,7 +240,7 @@ def estimate(data: DataSet, setting: Setting, shape: DecoderShape | None = None)
         "sampler_tokens": (sampled_epochs(by_tokens, setting), "across"),
     }
     epochs = {name: epoch_of(pairs, *way, setting, shape) for name, way in ways.items()}
-    return Estimate(data, setting, shape, epochs, budget, suggested)
+    return Estimate(data, setting, shape, epochs, budget, suggested, refusal)
 
 
 def epoch_of(

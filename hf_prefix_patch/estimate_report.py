@@ -67,7 +67,9 @@ def as_dict(estimate: Estimate) -> dict[str, Any]:
         },
         "max_tokens_per_batch": estimate.max_tokens,
         "suggested_max_tokens_per_batch": estimate.suggested_max_tokens,
-        "worth_it": estimate.speed_up(estimate.best, over="packed") >= WORTH,
+        "refusal": estimate.refusal,
+        "worth_it": estimate.refusal is None
+        and estimate.speed_up(estimate.best, over="packed") >= WORTH,
         "advice": advice(estimate),
     }
 
@@ -105,6 +107,8 @@ def assumptions(estimate: Estimate) -> str:
 
 def advice(estimate: Estimate) -> list[str]:
     """Sentences: what is gained and by what, whether sharing is worth it, and the budget."""
+    if estimate.refusal is not None:
+        return [f"Nothing of this is gained with this model: {estimate.refusal}."]
     best = estimate.best
     padding, sharing = estimate.speed_up("packed"), estimate.speed_up(best, over="packed")
     found = [
@@ -126,11 +130,17 @@ def advice(estimate: Estimate) -> list[str]:
             "Pairs have text in common with other pairs: bringing those together with "
             f"PrefixSharingBatchSampler gains {together:.2f}x over random batches."
         )
+    kept, read = len(estimate.data.pairs), len(estimate.data.lengths)
+    if 2 * kept < read:
+        found.append(
+            f"All of this is about the {kept:,} of {read:,} pairs that are left; raise max_length "
+            "to see the others."
+        )
     return [*found, _budget(estimate), *_rows_of_budget(estimate)]
 
 
-def draw(estimate: Estimate, path: Path) -> None:
-    """A chart of tokens and speed-ups by way, as PNG or whatever else the suffix names.
+def new_figure() -> Any:
+    """Where `draw` draws.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -142,12 +152,21 @@ def draw(estimate: Estimate, path: Path) -> None:
             "a chart takes matplotlib to draw, but that is not installed; run "
             "`pip install matplotlib`, or leave the chart out"
         ) from None
+    return Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
+
+
+def draw(estimate: Estimate, path: Path) -> None:
+    """A chart of tokens and speed-ups by way, as PNG or whatever else the suffix names.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure = new_figure()
     labels = list(names(estimate).values())
     tokens = [epoch.tokens / 1e6 for epoch in estimate.epochs.values()]
     gains = [estimate.speed_up(way) for way in estimate.epochs]
     by = "tokens" if estimate.shape is None else "FLOPs"
     panels = {"million tokens an epoch": tokens, f"predicted speed-up, by {by}": gains}
-    figure = Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
     row = figure.subplots(1, len(panels), sharey=True)
     for axes, (title, values), colour in zip(row, panels.items(), ("C0", "C2"), strict=True):
         bars = axes.barh(labels, values, color=colour)

@@ -75,10 +75,15 @@ def has_sinks(backbone: nn.Module) -> bool:
     return any(getattr(module, "sinks", None) is not None for module in backbone.modules())
 
 
+def expert_counts(config: Any) -> list[int]:
+    """Experts of a layer, by each of the names that configs have for it."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return [count for name in names if (count := getattr(config, name, None))]
+
+
 def has_experts(config: Any) -> bool:
     """Whether the model routes tokens to experts."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any((getattr(config, name, None) or 0) > 1 for name in names)
+    return any(count > 1 for count in expert_counts(config))
 
 
 def is_bitsandbytes(module: nn.Module) -> bool:

@@ -26,7 +26,13 @@ from transformers import (
 )
 
 from hf_prefix_patch.composite import decoder_of
-from hf_prefix_patch.features import is_attention, is_recurrent, layer_slides, sliding_window
+from hf_prefix_patch.features import (
+    expert_counts,
+    is_attention,
+    is_recurrent,
+    layer_slides,
+    sliding_window,
+)
 from hf_prefix_patch.wrappers import backbone_of
 
 if TYPE_CHECKING:
@@ -71,7 +77,7 @@ class DecoderShape:
             ValueError: no causal LM of transformers has this config, or one whose attention layers
                 or experts are not recognised.
         """
-        model = _without_memory(config)
+        model = empty_model(config)
         stack = decoder_of(backbone_of(model))
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return cls(
@@ -160,15 +166,27 @@ def tree_pairs(tree: PrefixTree, window: Window = None) -> int:
     return int((visible_pairs(paths, window) - visible_pairs(paths - own, window)).sum())
 
 
-def _without_memory(config: PretrainedConfig) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal LM, or the model around one, without memory for its weights.
+
+    Raises:
+        ValueError: there is none for this config, or it cannot be built.
+    """
     known = [
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
         (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
     ]
     for mapping, auto in known:
         if type(config) in mapping:
-            with torch.device("meta"):
-                return auto.from_config(config)  # type: ignore
+            try:
+                with torch.device("meta"):
+                    return auto.from_config(config)  # type: ignore
+            except Exception as error:  # of whatever a model does with its config
+                raise ValueError(
+                    f"no {config.model_type!r} model can be built from the config "
+                    f"({type(error).__name__}: {error}); repair it, or leave it out to compare "
+                    "tokens alone"
+                ) from error
     raise ValueError(
         f"the config is one of {config.model_type!r}, but must be that of a causal LM of "
         "transformers; give the config.json of the model to be trained"
@@ -186,15 +204,25 @@ def _used_weights(stack: nn.Module) -> Iterable[float]:
     for name, weight in stack.named_parameters():
         *path, last = name.split(".")
         if weight.ndim > 1 and id(weight) not in looked_up and not last.endswith("bias"):
-            yield weight.numel() * (_experts_used(stack, name) if "experts" in path else 1)
+            routed = _is_routed(stack.config, path, weight)
+            yield weight.numel() * (_experts_used(stack, name) if routed else 1)
+
+
+def _is_routed(config: Any, path: list[str], weight: nn.Parameter) -> bool:
+    """Whether a matrix is, or has in it, one for each expert; a router is met by every token."""
+    if "router" in path:
+        return False
+    return "experts" in path or (weight.ndim == 3 and len(weight) in expert_counts(config))
 
 
 def _experts_used(stack: Any, name: str) -> float:
     """The part of a layer's routed experts that a token meets."""
     before, _, after = f".{name}".rpartition(".experts.")
     first = after.split(".")[0]
-    experts = stack.get_submodule(f"{before}.experts".removeprefix("."))
-    count = len(experts) if first.isdigit() else stack.get_parameter(name).shape[0]
+    if before and first.isdigit():
+        count = len(stack.get_submodule(f"{before}.experts".removeprefix(".")))
+    else:
+        count = stack.get_parameter(name).shape[0]
     used = next((u for n in _EXPERTS_USED if (u := getattr(stack.config, n, None))), None)
     if used is None:
         raise ValueError(

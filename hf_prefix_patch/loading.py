@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -54,7 +57,8 @@ def load_model(
     Raises:
         OSError: no such weights or adapter.
         ImportError: bitsandbytes, accelerate or peft is needed and not installed.
-        ValueError: no such model, options that do not go together, or a device that is not there.
+        ValueError: no such model, weights that do not fit it, options that do not go together, or a
+            device that is not there.
     """
     if adapter is not None and lora:
         raise ValueError("got an adapter and a new LoRA, but only one is trained; leave out one")
@@ -75,7 +79,8 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=options[DTYPE],
         )
-    model: Any = _class_for(config).from_pretrained(source, **options)
+    with _loading(f"the model from {source!r}"):
+        model: Any = _class_for(config).from_pretrained(source, **options)
     if not load_in_4bit:
         model = model.to(place)
     if gradient_checkpointing:
@@ -107,12 +112,31 @@ def load_config(source: str, trust_remote_code: bool = False) -> Any:
 def _load(auto: Any, source: str, trust_remote_code: bool, what: str, file: str) -> Any:
     try:
         return auto.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # of whatever reads or checks what is there
         raise ValueError(
             f"no {what} could be loaded from {source!r}; give a folder with {file} or a name on "
-            f"the hub ({reason})"
+            f"the hub ({_first_line(error)})"
         ) from error
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Weights that are damaged, or belong to another config, raise all kinds of errors."""
+    try:
+        yield
+    except (OSError, ImportError, ValueError, TypeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise
+        raise ValueError(
+            f"{what} could not be loaded ({type(error).__name__}: {_first_line(error)}); check "
+            "that its files are whole and belong together"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def is_classifier(config: PretrainedConfig) -> bool:
@@ -132,16 +156,13 @@ def _class_for(config: PretrainedConfig) -> Any:
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(
-            f"device is {name!r}, but must be cpu, cuda or cuda:N; give one of these"
-        ) from None
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
+        raise ValueError(f"device is {name!r}, but must be cpu, cuda or cuda:N; give one of these")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here; "
-            "install a build of PyTorch with CUDA, or take the CPU"
+            "install a build of PyTorch with CUDA, or give cpu"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
@@ -165,7 +186,8 @@ def _with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
 
     check_loaded("peft")
     if adapter is not None:
-        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        with _loading(f"the adapter from {adapter!r}"):
+            return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
     task = "SEQ_CLS" if is_classifier(model.config) else "CAUSAL_LM"
     config = peft.LoraConfig(
         r=_LORA_RANK, lora_alpha=_LORA_RANK, target_modules="all-linear", task_type=task

@@ -38,6 +38,25 @@ def check_switches(**given: Any) -> None:
             raise TypeError(f"{name} is {value!r}, but must be True or False; pass one of these")
 
 
+def name(text: str) -> str:
+    """An option of the command line that is a path or a name."""
+    if not text:
+        raise argparse.ArgumentTypeError(
+            "an empty string is given, but must be a path or a name; set the variable that it "
+            "comes from, or leave it out to do without"
+        )
+    return text
+
+
+def seed(text: str) -> int:
+    """An option of the command line that numpy, torch and Python take as a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is given, but must be an integer from 0 to 2**32 - 1; give one of these"
+        )
+    return int(text)
+
+
 def count(text: str) -> int:
     """An option of the command line that is an integer of at least 1."""
     try:
@@ -46,6 +65,6 @@ def count(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is given, but must be an integer of at least 1; leave it out to do without"
+            f"{text!r} is given, but must be an integer of at least 1; leave it out for the default"
         )
     return value

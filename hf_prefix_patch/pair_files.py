@@ -79,7 +79,7 @@ def read_pairs(path: Path) -> Items:
 
 
 class Rows(Sequence[tuple[str, Any]]):
-    """Rows of a table, read when they are asked for.
+    """Rows of a table; of a folder they are read when they are asked for.
 
     Args:
         path: where the table is.

@@ -120,6 +120,11 @@ def _encode(alike: Sequence[_Parts], tokenizer: Any) -> list[_Ids]:
         try:
             encoded += _encode_together([parts], tokenizer)
         except Exception as error:
+            if type(error).__module__.startswith("jinja2"):
+                raise ValueError(
+                    f"the chat template does not take {parts.where} ({error}); change its "
+                    "messages, or take another tokenizer or template"
+                ) from error
             error.add_note(f"raised for {parts.where}")
             raise
     return encoded

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from hf_prefix_patch.bypass import ADVICE
+from hf_prefix_patch.bypass import advice
 from hf_prefix_patch.composite import decoder_of
 from hf_prefix_patch.hooks import patch_of
 from hf_prefix_patch.measuring import seconds_of
 from hf_prefix_patch.patch import PrefixSharing, enable_prefix_sharing
-from hf_prefix_patch.plans import forget
+from hf_prefix_patch.plans import NOTHING_TO_GAIN, forget
 from hf_prefix_patch.support import refusal
 from hf_prefix_patch.tree import PrefixTree
 from hf_prefix_patch.verify import compute_precision
@@ -160,10 +162,13 @@ class Runs:
         return unshared, shared
 
     def unshared_after_all(self, bypassed: Mapping[str, int]) -> NotImplementedError:
-        reason = next(iter(bypassed), "its decoder stack was not called")
-        advice = ADVICE.get(reason, "see the table of bypassed calls in docs/limits.md")
         name = type(self._inner).__name__
-        return refusal(name, f"ran unshared: {reason}", "a call that is not bypassed", advice)
+        known = [reason for reason in bypassed if reason != NOTHING_TO_GAIN]
+        if not known:
+            why, todo = "its decoder stack was not called with these rows", "train it unpatched"
+        else:
+            why, todo = known[0], advice(known[0])
+        return refusal(name, f"ran unshared: {why}", "a call that is not bypassed", todo)
 
 
 def _rows(batch: Mapping[str, Tensor], device: torch.device) -> list[Tensor]:
@@ -198,11 +203,41 @@ def _takes_columns(model: nn.Module, backbone: nn.Module) -> bool:
     return head and not any(rest)
 
 
-def checkpoint_layers(model: nn.Module) -> None:
-    """Layers checkpoint in training mode alone; what they consist of stays in evaluation mode."""
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
+@contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """Layers checkpoint in training mode alone: they are in it until what is checkpointed runs, as
+    they may have dropout of their own. The caller puts their training flags back."""
+    flagged = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    layers: list[Any] = [m for m in flagged if not isinstance(m, PreTrainedModel)]
+    with ExitStack() as restore:
+        for layer in layers:
+            checkpoint = layer._gradient_checkpointing_func
+            restore.callback(setattr, layer, "_gradient_checkpointing_func", checkpoint)
+            layer._gradient_checkpointing_func = partial(_checkpoint_evaluated, layer, checkpoint)
+        for module in layers or flagged:  # a stack that checkpoints its layers itself
             module.training = True
+        yield
+
+
+def _checkpoint_evaluated(
+    layer: Any, checkpoint: Any, call: Any, *args: Any, **options: Any
+) -> Any:
+    def run(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return call(*args)
+        finally:  # for the next call, and for backward
+            layer.training = True
+
+    return checkpoint(run, *args, **options)
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Of the generators that layers on a device draw from."""
+    states = [torch.random.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
 
 
 @contextmanager

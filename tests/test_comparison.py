@@ -10,7 +10,12 @@ from families import FAMILIES, sizes, tiny_model
 from peft import get_peft_model
 from test_verify import forgetful_plan, leaking_plan
 from tiny_trl import lora_config, perturb
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 
 from hf_prefix_patch import DataCollatorWithPrefixSharing, attention, enable_prefix_sharing
 from hf_prefix_patch import comparison as comparison_module
@@ -167,6 +172,36 @@ def test_adapters_under_checkpointing():
     assert found.verdict == "equal"
     assert len(found.gradients) == 16
     assert len(calls) == 2 * (4 + 3 * 4)
+
+
+def starcoder(**changes):
+    """Its layers drop out by themselves."""
+    torch.manual_seed(0)
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 64}
+    model = Starcoder2ForCausalLM(Starcoder2Config(**config, **changes))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def test_dropout_of_checkpointed_layers_is_off(monkeypatch):
+    model = starcoder(embedding_dropout=0.5, residual_dropout=0.5)
+    state = torch.random.get_rng_state()
+    found = compare_sharing(model, batch_of(model))
+    assert found.verdict == "equal"
+    assert max(x.error for x in found.differences.values()) < 1e-5
+    assert torch.equal(torch.random.get_rng_state(), state)
+    change_backend(monkeypatch, attend=detached_key)
+    found = compare_sharing(model, batch_of(model))
+    assert found.verdict == "mismatch"
+    assert all("k_proj" in name for name in list(found.mismatches)[:2])
+
+
+def test_a_model_that_draws_random_numbers_is_refused():
+    model = starcoder()
+    model.model.norm.register_forward_hook(lambda m, _, y: torch.dropout(y, 0.1, train=True))
+    with pytest.raises(ValueError, match="Starcoder2ForCausalLM draws random numbers in eval"):
+        compare_sharing(model, batch_of(model))
 
 
 def test_nothing_is_left_behind():

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from itertools import chain
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from families import tiny_model
 from tiny_trl import preference_pairs, save_tiny_model, tiny_tokenizer
-from transformers import LlamaConfig
+from transformers import LlamaConfig, OPTConfig
 
 from hf_prefix_patch import PrefixSharingBatchSampler, cli, tokenize_preferences
 from hf_prefix_patch import estimate_report as report
@@ -185,6 +186,7 @@ def test_json(run, folder):
         "gain",
         "max_tokens_per_batch",
         "suggested_max_tokens_per_batch",
+        "refusal",
         "worth_it",
         "advice",
     ]
@@ -380,6 +382,10 @@ def test_rows_that_a_budget_lets_in_are_cautioned_against():
         (["--max-tokens", 50], "max_tokens is 50, but .* more unique tokens alone, up to .* give"),
         (["--max-length", 5], r"prompts of all 13 pairs of .* fill max_length=5 .* raise max_l"),
         (["--model-config", "nosuch"], "no config could be loaded from 'nosuch'; give a folder"),
+        (["--max-length", "long"], "of at least 1; leave it out for the default, or give none"),
+        (["--plot", "nosuch/x.png"], "--plot is nosuch/x.png, but nosuch is no folder; make it"),
+        (["--seed", -1], "'-1' is given, but must be an integer from 0 to 2"),
+        (["--model-config", ""], "an empty string is given"),
         (["--head", "all"], "argument --head: invalid choice: 'all'"),
     ],
 )
@@ -427,6 +433,64 @@ def test_tokenizers_that_are_none(refused, folder, tmp_path):
     error = refused(tokenizer=folder)
     assert "tokenizer.chat_template is not set" in error
     assert re.search(r"raised for .*talk\.jsonl, line 1\)", error)
+
+
+def test_templates_that_do_not_take_a_talk(refused, path, folder):
+    message = [{"role": "user", "content": "w1"}]
+    answers = {x: [{"role": "assistant", "content": x}] for x in ("chosen", "rejected")}
+    path.write_text(json.dumps({"prompt": message, **answers}))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no talk') }}"
+    tokenizer.save_pretrained(folder)
+    error = refused(tokenizer=folder)
+    assert re.search(r"the chat template does not take .*talk\.jsonl, line 1 \(no talk\)", error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "foo9"}, "no config could be loaded from .*; it stands beside the token"),
+        ({"num_attention_heads": "four"}, "no config could be loaded from .*by --model-config"),
+        (
+            {"pad_token_id": 60000},
+            r"no 'llama' model can be built from the config \(AssertionError",
+        ),
+    ],
+)
+def test_configs_that_are_of_no_use(refused, folder, changes, message):
+    """Never left out in silence."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    assert re.search(message, refused())
+
+
+def test_models_that_are_not_shared_gain_nothing(run, tmp_path):
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    OPTConfig(vocab_size=99, word_embed_proj_dim=16, **sizes).save_pretrained(tmp_path)
+    found = run("--json", "--model-config", tmp_path)
+    assert "OPTForCausalLM has a head that calls" in found["refusal"]
+    assert not found["worth_it"]
+    assert found["advice"] == [f"Nothing of this is gained with this model: {found['refusal']}."]
+
+
+def test_what_is_left_of_few_pairs_is_said(path, folder):
+    pairs = [{"prompt": "w1 " * n, "chosen": "w2", "rejected": "w3"} for n in (2, 20, 20, 20, 3)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    data = read_data_set(path, tiny_tokenizer(), 8, progress=False)
+    said = " ".join(report.advice(estimate(data, Setting(max_length=8))))
+    assert "about the 2 of 5 pairs that are left; raise max_length" in said
+
+
+def test_warnings_are_plain(run, path):
+    """Without the place in our code that they come from, which helps nobody at a command line."""
+    path.write_text(json.dumps({"prompt": "", "chosen": "w2", "rejected": "w3"}))
+    before, said = warnings.formatwarning, []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *about, **_: said.append(warnings.formatwarning(*about))
+        run()
+    assert any(x.startswith("warning: 1 of 1 examples have no prompt") for x in said)
+    assert warnings.formatwarning is before
 
 
 def test_a_chart_takes_matplotlib(refused, monkeypatch):

@@ -8,7 +8,13 @@ from families import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GPT2Config, T5Config
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GPT2Config,
+    JetMoeConfig,
+    T5Config,
+)
 
 from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.flops import DecoderShape, Work, row_pairs, step_flops, tree_pairs
@@ -140,6 +146,17 @@ def test_a_large_model_takes_no_memory():
 def test_models_that_are_not_known():
     with pytest.raises(ValueError, match="one of 't5', but must be that of a causal LM"):
         DecoderShape.of(T5Config())
+
+
+def test_experts_under_other_names():
+    """JetMoE has them in its linear layers, and a router under the name `experts`."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    sizes |= {"num_key_value_heads": 2, "kv_channels": 8, "num_experts_per_tok": 2}
+    few, many = (
+        DecoderShape.of(JetMoeConfig(num_local_experts=count, **sizes)) for count in (4, 16)
+    )
+    routers = 2 * 2 * 32  # of attention and of the MLP, in two layers
+    assert many.weights - few.weights == routers * (16 - 4)
 
 
 def test_experts_of_an_unknown_number(monkeypatch):

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from families import sizes, tiny_model
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from test_comparison import change_backend, detached_key
 from test_verify import leaking_plan
 from tiny_trl import lora_config, perturb, preference_pairs, save_tiny_model, tiny_tokenizer
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
@@ -21,7 +24,15 @@ from transformers import (
 from hf_prefix_patch import comparison, loading
 from hf_prefix_patch.cli import main
 from hf_prefix_patch.commands import verify
-from hf_prefix_patch.commands.verify import BAD_INPUT, DIFFERENT, EQUAL, REFUSED, UNPROVED
+from hf_prefix_patch.commands.verify import (
+    BAD_INPUT,
+    DIFFERENT,
+    EQUAL,
+    FAILED,
+    REFUSED,
+    UNPROVED,
+    random_pairs,
+)
 
 PAGE = (Path(__file__).parents[1] / "docs" / "verify.md").read_text()
 NO_PROMPT = "ignore:.* of .* examples have no prompt"
@@ -185,11 +196,20 @@ def test_bad_input(folder, verified, tmp_path, monkeypatch):
         ((model, "--data", long), "tokenizer"),
         ((folder, "--data", "nosuch.jsonl"), "nosuch.jsonl does not exist; give"),
         ((folder, "--data", bad), "bad.jsonl, line 2 is not JSON"),
-        ((folder, "--data", long, "--max-length", 3), "alone fill --max-length 3, which leaves"),
+        (
+            (folder, "--data", long, "--max-length", 3),
+            "alone fill 3 tokens, the most of --max-length",
+        ),
         ((small, "--tokenizer", folder, "--data", long), "but the model knows 8, counted from 0"),
         ((folder, "--max-length", 1), "give --max-length 2 or more"),
         ((folder, "--device", "cuda:99"), places),
         ((folder, "--device", "gpu"), "device is 'gpu', but must be cpu, cuda or cuda:N"),
+        ((folder, "--device", "meta"), "device is 'meta', but must be cpu, cuda or cuda:N"),
+        ((folder, "--data", ""), "an empty string is given, but must be a path or a name"),
+        ((folder, "--tokenizer", folder), "but random tokens need none; give --data too"),
+        ((folder, "--seed", -1), "'-1' is given, but must be an integer from 0 to 2**32 - 1"),
+        ((folder, "--seed", 2**70), "but must be an integer from 0 to 2**32 - 1"),
+        ((folder, "--backend", "flash"), "cannot serve"),
         ((folder, "--dtype", "int8"), "invalid choice: 'int8'"),
         ((folder, "--pairs", 0), "must be an integer of at least 1"),
     ):
@@ -204,6 +224,74 @@ def test_bad_input(folder, verified, tmp_path, monkeypatch):
         assert re.search(
             r"need the package (bitsandbytes|peft), which is not .*`pip install", error
         )
+
+
+def test_damaged_weights(folder, verified, tmp_path):
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    tiny_model().save_pretrained(model)
+    get_peft_model(tiny_model(hidden_size=32), lora_config()).save_pretrained(adapter)
+    code, _, error = verified(folder, "--adapter", adapter, "--max-length", 48)
+    assert code == BAD_INPUT
+    assert f"the adapter from '{adapter}' could not be loaded (RuntimeError: " in error
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, error = verified(model)
+    assert code == BAD_INPUT
+    assert f"the model from '{model}' could not be loaded (SafetensorError: " in error
+    assert "check that its files are whole and belong together" in error
+    assert "Traceback" not in error
+
+
+def test_rows_end_with_the_positions_of_the_model(folder, verified, tmp_path):
+    """Whatever `--max-length` is; pairs whose prompt fills them are skipped, and that is said."""
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 512}
+    config = GPT2Config(bos_token_id=1, eos_token_id=1, **sizes)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    pairs = [
+        {"prompt": "w1 " * words, "chosen": "w2 w3", "rejected": "w4"} for words in (40, 3, 50, 4)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, pairs)))
+    code, out, error = verified(tmp_path, "--tokenizer", folder, "--data", data)
+    assert code == EQUAL
+    assert "2 pairs of" in out
+    assert "skipped 2 pairs whose prompt fills 32 tokens" in error
+    data.write_text(json.dumps(pairs[0]))
+    code, _, error = verified(tmp_path, "--tokenizer", folder, "--data", data)
+    assert code == BAD_INPUT
+    assert "alone fill 32 tokens, the most of --max-length and of the model's positions" in error
+
+
+def test_several_eos_tokens(verified, tmp_path):
+    """As Llama 3 has them, and no random token is one."""
+    model = tiny_model(eos_token_id=[2, 5, 7])
+    model.save_pretrained(tmp_path)
+    assert verified(tmp_path, "--max-length", 48)[0] == EQUAL
+    pairs = random_pairs(model.config, 50, 48)
+    assert not {2, 5, 7} & {i for pair in pairs for ids in pair.values() for i in ids}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_on_the_embeddings(folder, verified, tmp_path):
+    adapted = get_peft_model(
+        LlamaForCausalLM.from_pretrained(folder),
+        LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"),
+    )
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path)
+    assert verified(folder, "--adapter", tmp_path, "--max-length", 48)[0] == EQUAL
+
+
+def test_json_has_no_infinity(folder, verified, monkeypatch):
+    monkeypatch.setattr(
+        comparison,
+        "_of_gradients",
+        lambda *_: {"weight": comparison.Difference(float("inf"), float("nan"), 1.0)},
+    )
+    code, out, _ = verified(folder, "--max-length", 48, "--json")
+    assert code == DIFFERENT
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert found["gradients"]["weight"] == {"error": None, "noise": None, "allowed": 1.0}
 
 
 def test_too_little_memory(folder, verified, monkeypatch):
@@ -221,19 +309,23 @@ def test_too_little_memory(folder, verified, monkeypatch):
         assert "out of memory; lower --pairs or --max-length" in error
 
 
-def test_other_errors_are_not_hidden(folder, monkeypatch):
+def test_other_errors_are_not_hidden(folder, verified, monkeypatch):
+    """And do not end as a mismatch does."""
+
     def broken(*args, **options):
         raise RuntimeError("CUDA error: an illegal memory access")
 
     monkeypatch.setattr(comparison, "compare_sharing", broken)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        main(["verify", str(folder)])
+    code, out, error = verified(folder)
+    assert (code, out) == (FAILED, "")
+    assert "Traceback" in error
+    assert "RuntimeError: CUDA error: an illegal memory access" in error
 
 
 def test_exit_codes_are_those_of_help_and_page():
     for code, line in enumerate(
-        ("equal", "not equal", "bad options", "the model cannot be", "nothing")
+        ("equal", "not equal", "bad options", "the model cannot be", "nothing", "any other")
     ):
         assert re.search(rf"\b{code} {line}", " ".join(verify.__doc__.split()))
         assert re.search(rf"^\| {code} \|", PAGE, flags=re.M)
-    assert [*range(5)] == [EQUAL, DIFFERENT, BAD_INPUT, REFUSED, UNPROVED]
+    assert [*range(6)] == [EQUAL, DIFFERENT, BAD_INPUT, REFUSED, UNPROVED, FAILED]

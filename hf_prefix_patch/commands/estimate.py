@@ -18,15 +18,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_prefix_patch.options import count
+from hf_prefix_patch.options import count, name, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="DATA", type=Path, help="file or folder of preference pairs")
-    add("--tokenizer", required=True, metavar="T", help="folder or name of the model's tokenizer")
+    tokenizer = "folder or name of the model's tokenizer"
+    add("--tokenizer", required=True, type=name, metavar="T", help=tokenizer)
     add(
         "--model-config",
+        type=name,
         metavar="C",
         help="config.json, folder or name of the model, or none to count tokens alone; default: "
         "that beside the tokenizer",
@@ -57,18 +59,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="sdpa",
         help="of padded rows: sdpa computes what a padding mask hides (default), flash does not",
     )
-    add("--limit", type=count, metavar="N", help="look at N pairs drawn at random")
-    add("--seed", type=int, default=0, help="of drawing and shuffling (default 0)")
+    add(
+        "--limit",
+        type=count,
+        metavar="N",
+        help="look at N pairs drawn at random, which tears pairs of one prompt apart",
+    )
+    add("--seed", type=seed, default=0, help="of drawing and shuffling (default 0)")
     add("--json", action="store_true", help="print JSON")
     add("--plot", type=Path, metavar="FILE", help="write a chart, such as gain.png")
 
 
 def main(arguments: argparse.Namespace) -> None:
     from hf_prefix_patch import estimate_report as report
-    from hf_prefix_patch.estimate import Setting, estimate, read_data_set
+    from hf_prefix_patch.estimate import Setting, estimate, read_data_set, refusal_of
     from hf_prefix_patch.flops import DecoderShape
     from hf_prefix_patch.loading import load_tokenizer
 
+    if arguments.plot is not None and not arguments.plot.parent.is_dir():
+        arguments.parser.error(
+            f"--plot is {arguments.plot}, but {arguments.plot.parent} is no folder; make it first"
+        )
     try:
         setting = Setting(
             batch_size=arguments.batch_size,
@@ -82,8 +93,11 @@ def main(arguments: argparse.Namespace) -> None:
             reference=not arguments.no_reference,
             seed=arguments.seed,
         )
+        if arguments.plot is not None:
+            report.new_figure()  # before the work, if it cannot be made
         config = _config(arguments.model_config, arguments.tokenizer)
         shape = None if config is None else DecoderShape.of(config)
+        refusal = None if config is None else refusal_of(config)
         data = read_data_set(
             arguments.data,
             load_tokenizer(arguments.tokenizer),
@@ -92,28 +106,41 @@ def main(arguments: argparse.Namespace) -> None:
             limit=arguments.limit,
             seed=arguments.seed,
         )
-        found = estimate(data, setting, shape)
+        found = estimate(data, setting, shape, refusal)
+        told = report.as_dict(found) if arguments.json else None
+        print(report.as_text(found) if told is None else json.dumps(told, indent=2))
         if arguments.plot is not None:
             report.draw(found, arguments.plot)
     except (ValueError, TypeError, OSError, ImportError) as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         arguments.parser.error(f"{error}{notes}")
-    print(json.dumps(report.as_dict(found), indent=2) if arguments.json else report.as_text(found))
 
 
 def _length(value: str) -> int | None:
-    return None if value == "none" else count(value)
+    try:
+        return None if value == "none" else count(value)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or give none for no limit") from None
 
 
 def _config(given: str | None, tokenizer: str) -> Any:
-    """The config asked for; or the one beside the tokenizer, and None where there is none."""
+    """The config asked for; or the one beside the tokenizer, and None where there is none.
+
+    Raises:
+        ValueError: it is there, but of no use.
+    """
     from hf_prefix_patch.loading import load_config
 
     if given == "none":
         return None
     try:
         return load_config(given or tokenizer)
-    except ValueError:
-        if given is None:
+    except ValueError as error:
+        if given is not None:
+            raise
+        if not (Path(tokenizer) / "config.json").exists():
             return None
-        raise
+        raise ValueError(
+            f"{error}; it stands beside the tokenizer: give another by --model-config, or none to "
+            "count tokens alone"
+        ) from None

@@ -9,7 +9,7 @@ model's own rounding noise, measured on the same pairs.
   hf-prefix-patch verify MODEL --data pairs.jsonl --dtype bfloat16 --load-in-4bit
 
 Exit code: 0 equal, 1 not equal, 2 bad options, input or too little memory, 3 the model cannot be
-shared, 4 nothing was proved (no shared tokens, or too much noise).
+shared, 4 nothing was proved (no shared tokens, or too much noise), 5 any other error.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hf_prefix_patch.options import count
+from hf_prefix_patch.options import count, name, seed
 from hf_prefix_patch.switch import CHOICES
 
 if TYPE_CHECKING:
     from hf_prefix_patch.comparison import Comparison, Difference
 
-EQUAL, DIFFERENT, BAD_INPUT, REFUSED, UNPROVED = range(5)
+EQUAL, DIFFERENT, BAD_INPUT, REFUSED, UNPROVED, FAILED = range(6)
 """Exit codes; argparse has the third for bad options too."""
 
 _CODES = {"equal": EQUAL, "mismatch": DIFFERENT, "too noisy": UNPROVED}
@@ -37,16 +39,27 @@ _SHOWN = 5  # mismatches
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or name of a causal LM or a reward model")
-    add("--data", metavar="FILE", help="preference pairs; random tokens without")
-    add("--pairs", type=count, default=4, metavar="N", help="the first N of them (default: 4)")
+    add("model", type=name, metavar="MODEL", help="folder or name of a causal LM or a reward model")
+    add("--data", type=name, metavar="FILE", help="preference pairs; random tokens without")
+    add(
+        "--pairs",
+        type=count,
+        default=4,
+        metavar="N",
+        help="the first N whose prompt leaves room for an answer (default: 4)",
+    )
     add("--max-length", type=count, default=512, metavar="N", help="of a row (default: 512)")
-    add("--tokenizer", metavar="T", help="folder or name, if not that of the model")
+    add("--tokenizer", type=name, metavar="T", help="folder or name, if not that of the model")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     add("--load-in-4bit", action="store_true", help="nf4 weights of bitsandbytes; implies --lora")
     add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
     add("--attn-implementation", metavar="NAME", help="as transformers takes it")
-    add("--adapter", metavar="PATH", help="PEFT adapter, whose gradients are compared then")
+    add(
+        "--adapter",
+        type=name,
+        metavar="PATH",
+        help="PEFT adapter, whose gradients are compared then",
+    )
     add("--lora", action="store_true", help="the same with a new LoRA adapter on all layers")
     add("--gradient-checkpointing", action="store_true")
     add("--no-gradients", action="store_true", help="compare results alone, without backward")
@@ -59,21 +72,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="attention backend, as of run",
     )
     add("--repeats", type=count, default=3, metavar="N", help="for time (default: 3)")
-    add("--seed", type=int, default=0, help="of random pairs and of --lora")
+    add("--seed", type=seed, default=0, help="of random pairs and of --lora")
     add("--json", action="store_true", help="print all figures as JSON")
 
 
 def main(arguments: argparse.Namespace) -> NoReturn:
     import torch
 
+    if arguments.tokenizer is not None and arguments.data is None:
+        arguments.parser.error("--tokenizer is given, but random tokens need none; give --data too")
     try:
         code = _verify(arguments)
-    except torch.OutOfMemoryError as error:
-        code = _fail(BAD_INPUT, f"out of memory; lower --pairs or --max-length ({error})")
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        code = _fail(BAD_INPUT, f"out of memory; lower --pairs or --max-length ({error})")
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            code = _fail(BAD_INPUT, f"out of memory; lower --pairs or --max-length ({error})")
+        else:  # whose own exit code would be that of a mismatch
+            traceback.print_exc()
+            code = FAILED
     sys.exit(code)
 
 
@@ -82,12 +97,16 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from hf_prefix_patch import DataCollatorWithPrefixSharing
     from hf_prefix_patch.comparison import compare_sharing
-    from hf_prefix_patch.loading import load_model
+    from hf_prefix_patch.features import vocabulary_size
+    from hf_prefix_patch.loading import load_config, load_model
     from hf_prefix_patch.patch import enable_prefix_sharing
 
     torch.manual_seed(arguments.seed)
     try:
-        read = _read_pairs(arguments) if arguments.data else None
+        text = load_config(arguments.model, arguments.trust_remote_code).get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or arguments.max_length
+        limit = min(arguments.max_length, positions)
+        read = None if arguments.data is None else _read_pairs(arguments, limit)
         model: Any = load_model(
             arguments.model,
             dtype=arguments.dtype,
@@ -102,7 +121,6 @@ def _verify(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError, TypeError, ImportError) as error:
         return _fail(BAD_INPUT, error)
     config = model.config.get_text_config()
-    limit = min(arguments.max_length, getattr(config, "max_position_embeddings", None) or 10**9)
     padding = next((x for x in (config.pad_token_id, config.eos_token_id) if _is_id(x)), 0)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = padding  # classifiers look for the end of a row by it
@@ -111,8 +129,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         batch = DataCollatorWithPrefixSharing(padding, max_length=limit)(pairs)
     except ValueError as error:
         return _fail(BAD_INPUT, error)
-    known, largest = model.get_input_embeddings().num_embeddings, int(batch["input_ids"].max())
-    if largest >= known:
+    known, largest = vocabulary_size(model), int(batch["input_ids"].max())
+    if known is not None and largest >= known:
         return _fail(
             BAD_INPUT,
             f"the pairs have the token {largest}, but the model knows {known}, counted from 0; "
@@ -135,7 +153,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             repeats=arguments.repeats,
         )
     except NotImplementedError as refusal:
-        return _fail(REFUSED, refusal)
+        return _fail(_code_of_refusal(model, arguments.backend), refusal)
     except ValueError as error:
         return _fail(BAD_INPUT, error)
     except RuntimeError as error:
@@ -147,25 +165,45 @@ def _verify(arguments: argparse.Namespace) -> int:
     return _CODES[found.verdict]
 
 
-def _read_pairs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _code_of_refusal(model: Any, backend: str) -> int:
+    """A backend asked for by name may be what a model cannot be shared with."""
+    from hf_prefix_patch.patch import enable_prefix_sharing
+
+    if backend == "auto":
+        return REFUSED
+    try:
+        enable_prefix_sharing(model).remove()
+    except NotImplementedError:
+        return REFUSED
+    return BAD_INPUT
+
+
+def _read_pairs(arguments: argparse.Namespace, limit: int) -> list[dict[str, Any]]:
     from hf_prefix_patch.loading import load_tokenizer
     from hf_prefix_patch.pair_files import read_pairs
     from hf_prefix_patch.preferences import CUT
-    from hf_prefix_patch.tokenization import encoded
+    from hf_prefix_patch.tokenization import encoded, report_cuts
 
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, arguments.trust_remote_code)
-    items, pairs = read_pairs(Path(arguments.data)), []
+    items, pairs, cuts, skipped = read_pairs(Path(arguments.data)), [], [], 0
     for _, record in encoded(items, len(items), tokenizer, progress=sys.stderr.isatty()):
-        del record[CUT]
-        if len(record["prompt_ids"]) < arguments.max_length:
-            pairs.append(record)
+        cut = record.pop(CUT)
+        if len(record["prompt_ids"]) >= limit:
+            skipped += 1
+            continue
+        cuts.append(cut)
+        pairs.append(record)
         if len(pairs) == arguments.pairs:
-            return pairs
+            break
     if not pairs:
         raise ValueError(
-            f"the prompts in {arguments.data} alone fill --max-length {arguments.max_length}, "
-            "which leaves nothing of an answer; raise it"
+            f"the prompts in {arguments.data} alone fill {limit} tokens, the most of --max-length "
+            "and of the model's positions, which leaves nothing of an answer; raise --max-length, "
+            "or give pairs with shorter prompts"
         )
+    report_cuts(cuts)
+    if skipped:
+        print(f"skipped {skipped} pairs whose prompt fills {limit} tokens", file=sys.stderr)
     return pairs
 
 
@@ -189,7 +227,8 @@ def random_pairs(
         )
     generator = torch.Generator().manual_seed(seed)
     values = {**config.to_dict(), **config.get_text_config().to_dict()}
-    special = {x for name, x in values.items() if name.endswith(("token_id", "token_index"))}
+    named = [x for name, x in values.items() if name.endswith(("token_id", "token_index"))]
+    special = {i for x in named for i in (x if isinstance(x, list) else [x])}
     vocab = values["vocab_size"]
     ids = torch.tensor([i for i in range(vocab) if i not in special])
 
@@ -212,7 +251,15 @@ def _show_json(arguments: argparse.Namespace, model: Any, found: Comparison, bat
         "data": arguments.data,
         "pairs": len(batch["input_ids"]) // 2,
     }
-    print(json.dumps(about | {"device": str(model.device)} | found.to_dict(), indent=2))
+    shown = _finite(about | {"device": str(model.device)} | found.to_dict())
+    print(json.dumps(shown, indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """With None for NaN and infinity, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _show(arguments: argparse.Namespace, model: Any, found: Comparison, batch: Any) -> None:
