@@ -422,9 +422,8 @@ def test_tokenizers_that_lack_something():
 
 def test_errors_of_the_template_name_the_example():
     template = TEMPLATE + "{{ raise_exception('no w7 here') if messages[0]['content'] == 'w7' }}"
-    with pytest.raises(Exception, match="no w7 here") as caught:
+    with pytest.raises(ValueError, match=r"does not take example 2 \(no w7 here\); change"):
         ids([talk(), talk(), talk("w7"), talk()], tokenizer_with(template))
-    assert caught.value.__notes__ == ["raised for example 2"]
 
 
 @pytest.mark.parametrize("kind", ["list", "dataset"])
