@@ -46,6 +46,7 @@ def test_logps_and_gradients_equal_the_unpatched_model(family, attention, mode, 
     assert set(seen.shapes) == {(1, packed)}
 
 
+@pytest.mark.needs(transformers=">=5")  # before, configs are no dataclasses to shrink
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode", "bert", "llama"])
 def test_packed_rows_longer_than_the_positions_of_the_model(model_type):
     """Positions begin anew in each row, so a row that fits may be packed with any others."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 MODEL_TYPES: dict[str, str] = dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
@@ -87,7 +87,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     """The default config of a type with the sizes above and a layer of every kind that it has."""
     kind = CONFIG_MAPPING[model_type]
     return kind(**_shrunk(_default_of(kind), **changes))
@@ -122,14 +122,14 @@ def _size(name: str) -> float | None:
     return next((size for names, size in _SIZES.items() if _matches(name, names)), None)
 
 
-def _default_of(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _default_of(kind: type[PretrainedConfig]) -> PretrainedConfig:
     try:
         return kind()
     except Exception:  # defaults that refuse one another
         return kind(**_OVERRIDES.get(kind.model_type, {}))
 
 
-def _shrunk(config: PreTrainedConfig, **changes: Any) -> dict[str, Any]:
+def _shrunk(config: PretrainedConfig, **changes: Any) -> dict[str, Any]:
     # What a config derives from its fields is left to it.
     declared = {x.name for x in dataclasses.fields(config)} | {*config.attribute_map.values()}
     declared = (declared | {"per_layer_config"}) - _LEFT_OUT
@@ -141,7 +141,7 @@ def _shrunk(config: PreTrainedConfig, **changes: Any) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for name, value in fields.items():
         inner = config.__dict__.get(name)
-        if isinstance(inner, PreTrainedConfig):
+        if isinstance(inner, PretrainedConfig):
             small[name] = _shrunk(inner, **changes.pop(name, {}))
         elif name in lists:
             small[name] = [_tiny(name, value[i]) for i in kept]
