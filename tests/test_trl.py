@@ -156,7 +156,8 @@ def test_setting(llama, tmp_path, setting, lora):
 @by_method
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
 def test_auxiliary_loss_of_experts(paths, tmp_path, family, lora):
-    run = assert_same_training(paths[family], tmp_path, lora=lora)
+    # Else a gradient that is zero but for rounding moves its weight by the whole rate.
+    run = assert_same_training(paths[family], tmp_path, lora=lora, adam_epsilon=1e-6)
     assert run.trainer.model.config.output_router_logits
     assert run.log[0]["aux_loss"] > 0.1
 

@@ -101,8 +101,6 @@ def dpo_config(output_dir: Path, **options: Any) -> DPOConfig:
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "learning_rate": 2e-3,
-        # Else a gradient that is zero but for rounding moves its weight by the whole rate.
-        "adam_epsilon": 1e-6,
         "gradient_checkpointing": True,
         "logging_steps": 1,
         "bf16": False,
