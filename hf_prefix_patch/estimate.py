@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 from hf_prefix_patch.columns import TruncationMode, check_truncation_mode
-from hf_prefix_patch.flops import DecoderShape, Flops, empty_model, step_flops
+from hf_prefix_patch.flops import DecoderShape, Flops, step_flops
 from hf_prefix_patch.options import check_counts
 from hf_prefix_patch.pair_files import read_pairs
 from hf_prefix_patch.patch import enable_prefix_sharing
@@ -194,14 +194,14 @@ def read_data_set(
     return DataSet(pairs, sizes, int((rows > (max_length or inf)).sum()))
 
 
-def refusal_of(config: PretrainedConfig) -> str | None:
+def refusal_of(model: PreTrainedModel) -> str | None:
     """Why a model cannot be shared, as far as it shows without its weights; None if nothing does.
 
-    Raises:
-        ValueError: as of `DecoderShape.of`.
+    Args:
+        model: its weights are not looked at, so that of `empty_model` will do.
     """
     try:
-        enable_prefix_sharing(empty_model(config), verify=False).remove()
+        enable_prefix_sharing(model, verify=False).remove()
     except NotImplementedError as refusal:
         return str(refusal)
     return None

@@ -77,7 +77,15 @@ class DecoderShape:
             ValueError: no causal LM of transformers has this config, or one whose attention layers
                 or experts are not recognised.
         """
-        model = empty_model(config)
+        return cls.of_model(empty_model(config))
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> DecoderShape:
+        """The same of a model that has been built, as by `empty_model`.
+
+        Raises:
+            ValueError: its attention layers or experts are not recognised.
+        """
         stack = decoder_of(backbone_of(model))
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return cls(

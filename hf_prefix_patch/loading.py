@@ -124,15 +124,20 @@ def _loading(what: str) -> Iterator[None]:
     """Weights that are damaged, or belong to another config, raise all kinds of errors."""
     try:
         yield
-    except (OSError, ImportError, ValueError, TypeError, torch.OutOfMemoryError):
+    except (OSError, ImportError, ValueError, TypeError):
         raise
     except Exception as error:
-        if "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             raise
         raise ValueError(
             f"{what} could not be loaded ({type(error).__name__}: {_first_line(error)}); check "
             "that its files are whole and belong together"
         ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a device, or of the host, for which PyTorch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _first_line(error: Exception) -> str:

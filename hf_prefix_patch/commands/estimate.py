@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     from hf_prefix_patch import estimate_report as report
     from hf_prefix_patch.estimate import Setting, estimate, read_data_set, refusal_of
-    from hf_prefix_patch.flops import DecoderShape
+    from hf_prefix_patch.flops import DecoderShape, empty_model
     from hf_prefix_patch.loading import load_tokenizer
 
     if arguments.plot is not None and not arguments.plot.parent.is_dir():
@@ -96,8 +96,9 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.plot is not None:
             report.new_figure()  # before the work, if it cannot be made
         config = _config(arguments.model_config, arguments.tokenizer)
-        shape = None if config is None else DecoderShape.of(config)
-        refusal = None if config is None else refusal_of(config)
+        model = None if config is None else empty_model(config)
+        shape = None if model is None else DecoderShape.of_model(model)
+        refusal = None if model is None else refusal_of(model)
         data = read_data_set(
             arguments.data,
             load_tokenizer(arguments.tokenizer),
@@ -107,8 +108,10 @@ def main(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
         )
         found = estimate(data, setting, shape, refusal)
-        told = report.as_dict(found) if arguments.json else None
-        print(report.as_text(found) if told is None else json.dumps(told, indent=2))
+        if arguments.json:
+            print(json.dumps(report.as_dict(found), indent=2))
+        else:
+            print(report.as_text(found))
         if arguments.plot is not None:
             report.draw(found, arguments.plot)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -77,14 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> NoReturn:
-    import torch
+    from hf_prefix_patch.loading import is_out_of_memory
 
     if arguments.tokenizer is not None and arguments.data is None:
         arguments.parser.error("--tokenizer is given, but random tokens need none; give --data too")
     try:
         code = _verify(arguments)
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             code = _fail(BAD_INPUT, f"out of memory; lower --pairs or --max-length ({error})")
         else:  # whose own exit code would be that of a mismatch
             traceback.print_exc()
