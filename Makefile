@@ -27,7 +27,7 @@ test: $(READY)
 coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing
 
-# Random batches at length: hours.
+# Random batches at length: some minutes.
 long: $(READY)
 	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_properties.py
 

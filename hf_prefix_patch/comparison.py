@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hf_prefix_patch.measuring import peak_of
 from hf_prefix_patch.runs import Runs, checkpointing, moved_embeddings, random_state
@@ -19,6 +20,7 @@ from hf_prefix_patch.wrappers import unwrap
 Verdict = Literal["equal", "mismatch", "too noisy"]
 
 _TIMES = 2  # the noise, that a difference may be
+_BESIDE_DRAWS = 3  # runs: one that sets up, one unshared, one shared
 _DRAWS = 3  # of noise
 # Where those leave a difference unexplained, but by less than this many times. The gradient of a
 # norm's weight, say, is decided by few entries: among hundreds of them one strays from three draws.
@@ -132,6 +134,7 @@ def compare_sharing(
     backend: str = "auto",
     gradients: bool = True,
     repeats: int = 0,
+    progress: bool = False,
 ) -> Comparison:
     """Run a preference batch through a model unshared and shared, and compare.
 
@@ -159,6 +162,7 @@ def compare_sharing(
         backend: as in `enable_prefix_sharing`.
         gradients: compare gradients too; without, no backward is run.
         repeats: how many times both are run for the time that they take.
+        progress: whether to show a progress bar, of runs.
 
     Raises:
         TypeError: `model` holds no transformers model.
@@ -179,7 +183,15 @@ def compare_sharing(
         ('equal', 11, 8, 21)
     """
     runs = Runs(model, batch, gradients)
-    with evaluating(model), uncompiled(), runs.gradients_aside(), checkpointing(model):
+    with (
+        tqdm(desc="Comparing", unit=" runs", disable=not progress) as bar,
+        evaluating(model),
+        uncompiled(),
+        runs.gradients_aside(),
+        checkpointing(model),
+    ):
+        runs.after_run = bar.update
+        bar.total = _BESIDE_DRAWS + _DRAWS + 2 * repeats
         before = random_state(runs.device)
         runs.values()  # what a first call sets up is in no figure
         if not all(map(torch.equal, before, random_state(runs.device))):
@@ -205,8 +217,8 @@ def compare_sharing(
             used = sharing.backend
         noises: list[Tensor] = []
         noise_gradients: list[dict[str, float]] = []
-        doubt = False
-        while len(noises) < (_DRAWS_IN_DOUBT if doubt else _DRAWS):
+        draws = _DRAWS
+        while len(noises) < draws:
             with moved_embeddings(unwrap(model), torch.finfo(dtype).eps, len(noises)):
                 runs.values_row_by_row()
             noises.append((runs.last - unshared).abs())
@@ -214,6 +226,8 @@ def compare_sharing(
             differences = _of_results(shared, noises, unshared, runs.chosen, dtype)
             of_gradients = _of_gradients(shared_gradients, noise_gradients, dtype)
             doubt = 1 < max(x.share for x in (differences | of_gradients).values()) < _DOUBT
+            draws = _DRAWS_IN_DOUBT if doubt else max(_DRAWS, len(noises))
+            bar.total = _BESIDE_DRAWS + draws + 2 * repeats
         seconds = runs.seconds(backend, repeats)
     return Comparison(
         quantity=runs.quantity,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import inf
@@ -34,6 +34,7 @@ class Runs:
         quantity: as in `Comparison`; known after the first run, as are the next two.
         last: results of the last run.
         chosen: which of the results belong to chosen rows.
+        after_run: called at the end of every run.
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], gradients: bool) -> None:
@@ -65,6 +66,7 @@ class Runs:
             self._options["output_router_logits"] = False  # their loss is one of the whole batch
         self._takes_columns = _takes_columns(self._inner, self._backbone)
         self.quantity = "log-probs"
+        self.after_run: Callable[[], object] = lambda: None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,6 +98,7 @@ class Runs:
             found.append((values.detach(), rows + (part.start or 0)))
         values, rows = (torch.cat(x) for x in zip(*found, strict=True))
         self.last, self.chosen = values, rows < len(self._ids) // 2
+        self.after_run()
 
     def _results(self, part: slice) -> tuple[Tensor, Tensor]:
         """`[C]` results of some rows, and of each which one of these it belongs to."""

@@ -257,7 +257,7 @@ def comparison(differences=None, gradients=None):
         ([float("nan")] * 3, 3),
     ],
 )
-def test_doubt_takes_more_draws(monkeypatch, shares, draws):
+def test_doubt_takes_more_draws(monkeypatch, capsys, shares, draws):
     """As many as explain a difference of the size of the noise; one far beyond it needs no more."""
     model = tiny_model()
     made, given = [], iter(shares)
@@ -267,8 +267,11 @@ def test_doubt_takes_more_draws(monkeypatch, shares, draws):
         return {"weight": Difference(error=next(given), noise=0.5, allowed=1.0)}
 
     monkeypatch.setattr(comparison_module, "_of_gradients", of_gradients)
-    found = compare_sharing(model, batch_of(model))
+    found = compare_sharing(model, batch_of(model), repeats=1, progress=True)
     assert made == list(range(1, draws + 1))
+    shown = capsys.readouterr()
+    assert f"| {5 + draws}/{5 + draws} [" in shown.err.splitlines()[-1]
+    assert not shown.out
     assert found.gradients["weight"].error == pytest.approx(shares[draws - 1], nan_ok=True)
 
 

@@ -151,6 +151,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             backend=arguments.backend,
             gradients=not arguments.no_gradients,
             repeats=arguments.repeats,
+            progress=sys.stderr.isatty(),
         )
     except NotImplementedError as refusal:
         return _fail(_code_of_refusal(model, arguments.backend), refusal)
