@@ -64,7 +64,7 @@ def ask_in_backward(
             return
         # Recurrent layers alone have all they need in the arguments of the call.
         attends = any(map(is_attention, stack.modules()))
-        if attends and getattr(stack, "is_gradient_checkpointing", False):
+        if attends and any(getattr(m, "gradient_checkpointing", False) for m in stack.modules()):
             raise RuntimeError(
                 f"prefix sharing of {type(stack).__name__} was removed between a forward and its "
                 "backward, but with gradient checkpointing the layers run again in backward and "
