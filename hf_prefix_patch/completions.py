@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_prefix_patch.packed import LOSS_INPUTS
+
+_MIXED = (
+    f"{', '.join(LOSS_INPUTS)} say where the completions of a packed batch are, but do not fit it "
+    "or one another; pass those of the same batch, as DataCollatorWithPrefixSharing makes it"
+)
 
 
 class CompletionTokens(NamedTuple):
@@ -31,10 +37,12 @@ def completion_tokens(batch: Mapping[str, Any]) -> CompletionTokens:
 
     Raises:
         ValueError: the batch does not say, or its rows do not fit together.
-        TypeError: rows that are no tensors.
+        TypeError: what are no tensors of their kind.
     """
     if all(name in batch for name in LOSS_INPUTS):
-        return CompletionTokens(*(batch[name] for name in LOSS_INPUTS))
+        given = {name: batch[name] for name in LOSS_INPUTS}
+        _check_packed(given, batch.get("input_ids"))
+        return CompletionTokens(*given.values())
     if "completion_mask" not in batch or "input_ids" not in batch:
         raise ValueError(
             f"the batch has {sorted(batch)}, but needs input_ids and completion_mask [R, L], or "
@@ -52,6 +60,29 @@ def completion_tokens(batch: Mapping[str, Any]) -> CompletionTokens:
         predicted[:, 1:] &= real[:, :-1] != 0
     cells = predicted.flatten().nonzero()[:, 0]
     return CompletionTokens(cells - 1, ids.flatten()[cells], None, predicted.sum(1))
+
+
+def _check_packed(given: Mapping[str, Any], ids: Any) -> None:
+    """Values are looked at on the device: a GPU is not waited for."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor) or x.ndim != 1 or x.is_floating_point() or x.is_meta:
+            shown = f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x)
+            raise TypeError(
+                f"{name} is {shown}, but must be a tensor of integers [n] that holds values; pass "
+                "the whole batch as DataCollatorWithPrefixSharing makes it"
+            )
+    cells, labels, repeated, lengths = given.values()
+    if len(cells) != len(labels):
+        raise ValueError(_MIXED)
+    tokens = None if not isinstance(ids, Tensor) else ids.shape[-1]
+    fits = lengths.sum() == len(repeated)
+    for index, size in ((repeated, len(cells)), (cells, tokens)):
+        if len(index) and size is not None:
+            fits = fits & (index.max() < size).to(fits.device)
+    if fits.is_cuda:
+        torch._assert_async(fits, _MIXED)
+    elif not fits:
+        raise ValueError(_MIXED)
 
 
 def _check_rows(name: str, x: Any, ids: Any) -> None:

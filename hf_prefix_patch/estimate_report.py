@@ -94,7 +94,7 @@ def assumptions(estimate: Estimate) -> str:
     run.append(f"checkpointing {'on' if setting.checkpointing else 'off'}")
     run.append("a reference forward" if setting.reference else "no reference")
     cells = {"completion": "completion tokens", "cells": "all cells of the rows"}
-    run.append(f"LM head on {cells[setting.head]}")
+    run.append(f"LM head on {cells[setting.head]}" if shape.head else "no LM head")
     masked = {"sdpa": "computes what a mask hides", "flash": "leaves padding out"}
     run.append(f"attention of padded rows {masked[setting.attention]} ({setting.attention})")
     return (
@@ -136,6 +136,9 @@ def advice(estimate: Estimate) -> list[str]:
             f"All of this is about the {kept:,} of {read:,} pairs that are left; raise max_length "
             "to see the others."
         )
+    asked = estimate.max_tokens != estimate.suggested_max_tokens
+    if max(padding, sharing) < WORTH and not asked:
+        return found
     return [*found, _budget(estimate), *_rows_of_budget(estimate)]
 
 
@@ -153,6 +156,21 @@ def new_figure() -> Any:
             "`pip install matplotlib`, or leave the chart out"
         ) from None
     return Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
+
+
+def check_chart(path: Path) -> None:
+    """Refuse a path that `draw` could not write.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: a folder, or a suffix that matplotlib has no format for.
+    """
+    known = new_figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known or path.is_dir():
+        raise ValueError(
+            f"a chart is to be written to {path}, but must have a name that ends in one of "
+            f".{', .'.join(sorted(known))}; give {path.with_suffix('.png')}, for example"
+        )
 
 
 def draw(estimate: Estimate, path: Path) -> None:

@@ -20,6 +20,11 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     return stateful or not RECURRENT_LAYER_TYPES.isdisjoint(layer_types(model.config))
 
 
+def is_classifier(config: Any) -> bool:
+    """Whether the checkpoint is a sequence classifier, as reward models are."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
 def layer_types(config: Any) -> list[str]:
     """Type of each decoder layer, from what the config says."""
     named = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)

@@ -19,8 +19,10 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -29,6 +31,7 @@ from hf_prefix_patch.composite import decoder_of
 from hf_prefix_patch.features import (
     expert_counts,
     is_attention,
+    is_classifier,
     is_recurrent,
     layer_slides,
     sliding_window,
@@ -175,16 +178,18 @@ def tree_pairs(tree: PrefixTree, window: Window = None) -> int:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A causal LM, or the model around one, without memory for its weights.
+    """A causal LM, the model around one, or a classifier if the config names one, without memory
+    for its weights.
 
     Raises:
         ValueError: there is none for this config, or it cannot be built.
     """
     known = [
+        (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
         (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
     ]
-    for mapping, auto in known:
+    for mapping, auto in known if is_classifier(config) else known[1:]:
         if type(config) in mapping:
             try:
                 with torch.device("meta"):

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.features import is_attention, vocabulary_size
-from hf_prefix_patch.plans import Plan
+from hf_prefix_patch.plans import ROW_INPUTS, Plan
 
 
-def check_ids(ids: Any) -> None:
-    """Refuse token ids that are there and no tensor."""
-    if ids is not None and not isinstance(ids, Tensor):
-        raise TypeError(
-            f"input_ids is a {type(ids).__name__}, but must be a tensor [R, L] of integers; pass "
-            "torch.tensor of rows padded to one length"
-        )
+def check_tensors(inputs: Mapping[str, Any]) -> None:
+    """Refuse rows, a mask or positions that are there and no tensors. Masks of other kinds, such as
+    one for each type of layer, are the model's to read."""
+    for name in ROW_INPUTS:
+        x = inputs.get(name)
+        refused: Any = object if name == "input_ids" else Sequence | np.ndarray
+        if x is not None and not isinstance(x, Tensor) and isinstance(x, refused):
+            raise TypeError(
+                f"{name} is a {type(x).__name__}, but must be a tensor [R, L] of integers; pass "
+                "torch.tensor of rows padded to one length"
+            )
 
 
 def check_range(decoder: PreTrainedModel, plan: Plan, positions: int | None) -> None:

@@ -21,7 +21,7 @@ from hf_prefix_patch.bypass import CACHE_BY_DEFAULT, advice, bypass_reason
 from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embeddings
 from hf_prefix_patch.config_views import give_views, restore_configs
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
-from hf_prefix_patch.guards import ask_in_backward, check_ids, check_range
+from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors
 from hf_prefix_patch.outputs import unpack_output
 from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
 from hf_prefix_patch.planned import plan_of
@@ -209,7 +209,7 @@ def pack_rows(
 
 def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str, Any]) -> Plan:
     """The plan that the rows of a call carry, or else one made for them."""
-    check_ids(inputs.get("input_ids"))
+    check_tensors(inputs)
     reason = bypass_reason(backbone, inputs, patch.cache_by_default)
     if reason is not None:
         return Plan(None, reason)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_prefix_patch.features import is_classifier
 from hf_prefix_patch.versions import DTYPE, check_loaded
 
 _LORA_RANK = 8
@@ -113,6 +115,11 @@ def _load(auto: Any, source: str, trust_remote_code: bool, what: str, file: str)
     try:
         return auto.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # of whatever reads or checks what is there
+        if (Path(source) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{source!r} holds a PEFT adapter and no {what}, but one is needed; give the model "
+                "that it adapts (`verify MODEL --adapter FOLDER`)"
+            ) from error
         raise ValueError(
             f"no {what} could be loaded from {source!r}; give a folder with {file} or a name on "
             f"the hub ({_first_line(error)})"
@@ -124,14 +131,15 @@ def _loading(what: str) -> Iterator[None]:
     """Weights that are damaged, or belong to another config, raise all kinds of errors."""
     try:
         yield
-    except (OSError, ImportError, ValueError, TypeError):
+    except ImportError:  # which says what to install
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        said = str(error) if isinstance(error, OSError | ValueError) else _first_line(error)
         raise ValueError(
-            f"{what} could not be loaded ({type(error).__name__}: {_first_line(error)}); check "
-            "that its files are whole and belong together"
+            f"{what} could not be loaded ({type(error).__name__}: {said}); check that its files "
+            "are there, whole and of one model, and that the options fit it"
         ) from error
 
 
@@ -142,11 +150,6 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
-
-
-def is_classifier(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint is a sequence classifier, as reward models are."""
-    return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
 def _class_for(config: PretrainedConfig) -> Any:
@@ -192,7 +195,9 @@ def _with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
     check_loaded("peft")
     if adapter is not None:
         with _loading(f"the adapter from {adapter!r}"):
-            return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            # PEFT trains no prompt learning that it has loaded, and sharing refuses it.
+            trains = not peft.PeftConfig.from_pretrained(adapter).is_prompt_learning
+            return peft.PeftModel.from_pretrained(model, adapter, is_trainable=trains)
     task = "SEQ_CLS" if is_classifier(model.config) else "CAUSAL_LM"
     config = peft.LoraConfig(
         r=_LORA_RANK, lora_alpha=_LORA_RANK, target_modules="all-linear", task_type=task

@@ -64,6 +64,8 @@ class TensorMemory(TorchDispatchMode):
         (4096, 8192)
     """
 
+    supports_higher_order_operators = True  # flex attention is one
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0

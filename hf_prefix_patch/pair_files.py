@@ -162,9 +162,14 @@ def _whole(path: Path, read: Callable[[], Any], remedy: str) -> Any:
 
     try:
         return read()
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
+    except PermissionError:
+        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is no folder that datasets saved, or lacks a file of one ({error}); give the "
+            f"folder that save_to_disk wrote, or {remedy}"
+        ) from None
+    except (pyarrow.ArrowException, OSError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} cannot be read as what its name says, or was written in part ({error}); "
             f"{remedy}"

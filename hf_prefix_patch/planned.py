@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from hf_prefix_patch.plans import ROW_INPUTS, Plan
 from hf_prefix_patch.tree import PrefixTree
 
+_SHAPES = {Tensor.view, Tensor.reshape}
 _MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.contiguous, Tensor.detach}
 
 
@@ -88,7 +89,10 @@ class PlannedTensor(Tensor):
 
 
 class PackedRow(PlannedTensor):
-    """`[1, N]` token ids of a packed row, which only a patched model may embed."""
+    """`[1, N]` token ids of a packed row, which only a patched model may embed.
+
+    It stays one when a model gives it another shape, as many do before they embed.
+    """
 
     @classmethod
     def __torch_function__(
@@ -104,7 +108,15 @@ class PackedRow(PlannedTensor):
                 "descriptors, and would be read as one long row; call enable_prefix_sharing(model) "
                 "first and pass the whole batch, or use a collator with layout='rows'"
             )
-        return super().__torch_function__(func, types, args, kwargs)
+        if func is F.pad:  # which the loss of a causal LM begins with
+            raise RuntimeError(
+                "a packed row was given as labels, but is no row whose next token could be the "
+                "label: after a chosen response comes the rejected one; leave labels out and take "
+                "completion_logps(model, batch), or use a collator with layout='rows'"
+            )
+        result = super().__torch_function__(func, types, args, kwargs)
+        shaped = func in _SHAPES and type(result) is Tensor
+        return result.as_subclass(PackedRow) if shaped else result
 
 
 def attach_plan(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, PlannedTensor]:

@@ -47,7 +47,7 @@ def _check(where: str, example: Any) -> _Parts:
     if not isinstance(example, Mapping):
         raise TypeError(
             f"{where} is a {type(example).__name__}, but must be a mapping (a JSON object) with "
-            "prompt, chosen and rejected"
+            "prompt, chosen and rejected; make it one or leave it out"
         )
     given = {name: value for name, value in example.items() if value is not None}
     if "chosen" not in given or "rejected" not in given:
@@ -66,6 +66,12 @@ def _check(where: str, example: Any) -> _Parts:
     if prompt is None:
         start = _common_start(chosen, rejected)
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+    elif isinstance(prompt, list) and prompt and prompt == chosen[: len(prompt)]:
+        raise ValueError(
+            f"{where}: chosen begins with the messages of prompt, which would be there twice, but "
+            "must be what follows them; where chosen and rejected are whole conversations, drop "
+            "the prompt column"
+        )
     if isinstance(prompt, str):
         return _Parts(where, prompt, chosen, rejected, None)
     if not prompt:

@@ -34,6 +34,11 @@ def host_rows(
         given.append(_as_rows("attention_mask", attention_mask, ids.shape).ne(0))
     if position_ids is not None:
         given.append(_as_rows("position_ids", position_ids, ids.shape))
+    if any(x.is_meta for x in given):
+        raise ValueError(
+            "rows are on the meta device, where they hold no values, but they are needed to plan; "
+            "move the batch to the model's device, or call the model unpatched for shapes alone"
+        )
     device = ids.device
     host = torch.stack([x.to(device, torch.int64) for x in given]).cpu().numpy()
     rest = iter(host[1:])
@@ -49,6 +54,8 @@ def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor
             f"{name} is a {type(x).__name__} that makes no tensor ({error}), but [R, L] integers "
             "are needed; pad the rows to one length, and give a tensor, an array or lists"
         ) from None
+    if not rows.numel() and isinstance(x, Sequence):  # nothing says what an empty list holds
+        rows = torch.zeros((len(x), 0), dtype=torch.int64)
     if name != "attention_mask" and (rows.is_floating_point() or rows.dtype == torch.bool):
         raise TypeError(
             f"{name} is of {rows.dtype}, but must be of integers; pass {name}.long() if these are "

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     Raises:
         RuntimeError: the packed path did not run, or a token differs by more than the tolerance of
             the model's dtype.
+        ValueError: the unpatched model returns NaN or infinity.
         NotImplementedError: a layer asks its attention function for what no backend serves.
     """
     patch = patch_of(backbone)
@@ -85,10 +87,19 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
         )
     error = _error(shared, unshared)
     rows = [row[real] for row, real in zip(error, mask.bool(), strict=True)]
+    # Padding alone can make rows of the model itself NaN: eager attention in fp64, before a row.
+    known = [bool(x[real].isfinite().all()) for x, real in zip(unshared, mask.bool(), strict=True)]
+    if not any(known):
+        raise ValueError(
+            f"hidden states of the unshared {calls.name} are NaN or infinite for random tokens, "
+            "but must be finite to compare with; check its weights for NaN and its dtype (float16 "
+            "overflows where bfloat16 does not), or pass verify=False"
+        )
     dtype = compute_precision(backbone, calls.seen.dtype)
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
     routed = dtype in TOLERANCE and has_experts(decoder_of(backbone).config)
-    worst = max((row[_RESPONSE:].median() if routed else row.max()).item() for row in rows)
+    errors = [row[_RESPONSE:].median() if routed else row.max() for row in compress(rows, known)]
+    worst = torch.stack(errors).max().item()  # NaN, if one is
     least, most = TOLERANCE.get(dtype, TOLERANCE_FP32)
     noise = _error(moved, unshared)[mask.bool()].max().item()
     tolerance = max(least, min(4 * noise, most))  # least, if padding makes the model itself NaN
@@ -171,9 +182,9 @@ class _Calls:
 
 
 def _error(got: Tensor, want: Tensor) -> Tensor:
-    """`[R, L]`, of each token's hidden state relative to its norm."""
-    error: Tensor = (got - want).double().norm(dim=-1) / want.double().norm(dim=-1)
-    return error
+    """`[R, L]`, of each token's hidden state relative to its norm; none where both are zero."""
+    error: Tensor = (got - want).double().norm(dim=-1)
+    return torch.where(error == 0, error, error / want.double().norm(dim=-1))
 
 
 def compute_precision(backbone: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:

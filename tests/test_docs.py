@@ -184,7 +184,10 @@ def test_commands_parse(block):
         else:
             assert words[0] in ("python", "trl", "llamafactory-cli", "axolotl")
         for word in words:
-            assert not word.startswith("examples/") or (ROOT / word).exists(), word
+            assert not word.startswith(("examples/", "benchmarks/")) or (ROOT / word).exists(), word
+        if words[0] == "python" and words[1].startswith("benchmarks/"):
+            script = (ROOT / words[1]).read_text()
+            assert all(f'"{x}"' in script for x in words if x.startswith("--")), words
 
 
 def test_options_of_the_launcher_are_all_in_its_page():
@@ -269,6 +272,15 @@ def test_figures_are_those_of_the_results(page, at_least):
             assert any(f"{x:.{digits}f}" == figure for x in measured), (section[:30], figure)
             seen += 1
     assert seen >= at_least
+
+
+def test_figures_of_the_readme_are_those_of_the_pages():
+    (section,) = re.findall(r"^## What it gains.*?(?=^## )", README, flags=re.M | re.S)
+    texts = section, (DOCS / "benchmarks.md").read_text(), (DOCS / "batches.md").read_text()
+    readme, *pages = ("\n".join(re.findall(r"^\|.*\|$", x, flags=re.M)) for x in texts)
+    figures = set(figures_of(readme))
+    assert len(figures) > 25
+    assert figures - set(chain.from_iterable(map(figures_of, pages))) == set()
 
 
 def read_csv(result):

@@ -351,9 +351,13 @@ def test_pairs_of_one_prompt_are_brought_together():
 
 
 def test_the_budget_is_explained():
-    suggested = report.advice(advice(long_answers()))[-1]
+    examples = [
+        {"prompt_ids": [3 + i] * 40, "chosen_ids": [50], "rejected_ids": [60]} for i in range(8)
+    ]
+    suggested = report.advice(advice(examples))[-2]
     assert "max_tokens_per_batch=164: as many tokens as the largest padded batch" in suggested
-    assert "(4 rows of 41). It gives 2.0 pairs a batch, 4 steps in place of 4." in suggested
+    assert "(4 rows of 41). It gives 2.7 pairs a batch, 3 steps in place of 4." in suggested
+    assert not any("max_tokens" in x for x in report.advice(advice(long_answers())))
     given = report.advice(advice(long_answers(), max_tokens=100))[-1]
     assert given.startswith("max_tokens_per_batch=100 gives 1.0 pairs a batch, 8 steps in place of")
     assert "Suggested for the memory of batches of 2 pairs: 164" in given
@@ -462,6 +466,15 @@ def test_configs_that_are_of_no_use(refused, folder, changes, message):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     assert re.search(message, refused())
+
+
+def test_reward_models_have_no_lm_head(run, tmp_path):
+    config = tiny_model().config
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.save_pretrained(tmp_path)
+    assert "no LM head, attention" in " ".join(run("--model-config", tmp_path).split())
+    found = run("--json", "--model-config", tmp_path, "--no-reference")
+    assert all(epoch["flops"]["head"] == 0 for epoch in found["epochs"].values())
 
 
 def test_models_that_are_not_shared_gain_nothing(run, tmp_path):

@@ -112,7 +112,11 @@ def test_folders_written_in_part(tmp_path):
     with pytest.raises(ValueError, match=r"saved cannot be read .*written in part .*save_to_disk"):
         read_pairs(path)
     table.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"lacks a file of one .*give the folder that save"):
+        read_pairs(path)
+    state = path / "state.json"
+    state.write_text(state.read_text()[:9])
+    with pytest.raises(ValueError, match=r"saved cannot be read .*written in part .*save_to_disk"):
         read_pairs(path)
 
 

@@ -65,6 +65,19 @@ def test_right_attention_passes_in_every_dtype(family, dtype):
     enable_prefix_sharing(tiny_model(family, "eager").to(dtype)).remove()
 
 
+def test_nan_is_found_whichever_row_it_is_in():
+    """The last packed token is of the last row; the unshared rows are left alone."""
+    model = tiny_model()
+
+    def spoil(norm, args, output):
+        if len(output) == 1:
+            output[0, -1] = float("nan")
+
+    model.model.norm.register_forward_hook(spoil)
+    with pytest.raises(RuntimeError, match="differ from the unshared ones by nan of their norm"):
+        enable_prefix_sharing(model)
+
+
 def test_wrong_positions_are_found(monkeypatch):
     """The plan's positions count in the packed row: rejected responses move."""
     monkeypatch.setattr(

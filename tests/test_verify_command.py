@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import sizes, tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_comparison import change_backend, detached_key
 from test_verify import leaking_plan
 from tiny_trl import lora_config, perturb, preference_pairs, save_tiny_model, tiny_tokenizer
@@ -182,12 +182,45 @@ def test_refused_models(verified, tmp_path):
     assert "T5ForConditionalGeneration is an encoder-decoder; sharing needs a decoder" in error
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile, which transformers calls
+def test_flex_attention_of_the_model(folder, verified):
+    """An operator of higher order, which is measured as others are. On a CPU it has no backward,
+    shared or not: no refusal of ours."""
+    flex = folder, "--attn-implementation", "flex_attention", "--max-length", 48
+    code, _, error = verified(*flex, "--no-gradients")
+    assert code == EQUAL, error
+    code, _, error = verified(*flex)
+    assert code == FAILED
+    assert "Traceback" in error
+    assert "does not support backward on CPU" in error
+
+
+def test_prompt_learning_is_refused(folder, verified, tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path)
+    code, _, error = verified(folder, "--adapter", tmp_path)
+    assert code == REFUSED
+    assert "adapter 'default' is prompt learning" in error
+
+
 def test_bad_input(folder, verified, tmp_path, monkeypatch):
     model = tmp_path / "model"
     tiny_model().save_pretrained(model)
     small = tmp_path / "small"
     tiny_model(vocab_size=8).save_pretrained(small)
     bad, long = tmp_path / "bad.jsonl", tmp_path / "long.jsonl"
+    empty, adapter = tmp_path / "empty.jsonl", tmp_path / "adapter"
+    empty.write_text("")
+    get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(adapter)
+    weightless = tmp_path / "weightless"
+    tiny_model().config.save_pretrained(weightless)
+    parts, talking = tmp_path / "parts.jsonl", tmp_path / "talking"
+    answers = {x: [{"role": "assistant", "content": x}] for x in ("chosen", "rejected")}
+    question = {"role": "user", "content": [{"type": "text", "text": "w1"}]}
+    parts.write_text(json.dumps({"prompt": [question], **answers}))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    tokenizer.save_pretrained(talking)
     bad.write_text(json.dumps({"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}) + '\n{"pro')
     long.write_text(json.dumps({"prompt": "w1 w2 w3 ", "chosen": "w4", "rejected": "w5"}))
     places = f"there are {torch.cuda.device_count()}" if torch.cuda.is_available() else "sees no"
@@ -202,6 +235,14 @@ def test_bad_input(folder, verified, tmp_path, monkeypatch):
         ),
         ((small, "--tokenizer", folder, "--data", long), "but the model knows 8, counted from 0"),
         ((folder, "--max-length", 1), "give --max-length 2 or more"),
+        ((folder, "--data", empty), "empty.jsonl holds no example, but must hold at least one"),
+        (
+            (adapter,),
+            "holds a PEFT adapter and no config, but one is needed; give the model",
+        ),
+        ((folder, "--adapter", tmp_path), "could not be loaded (ValueError: Can't find 'adapter_c"),
+        ((weightless,), "could not be loaded (OSError: Error no file named"),
+        ((folder, "--data", parts, "--tokenizer", talking), "(raised for "),
         ((folder, "--device", "cuda:99"), places),
         ((folder, "--device", "gpu"), "device is 'gpu', but must be cpu, cuda or cuda:N"),
         ((folder, "--device", "meta"), "device is 'meta', but must be cpu, cuda or cuda:N"),
@@ -238,7 +279,7 @@ def test_damaged_weights(folder, verified, tmp_path):
     code, _, error = verified(model)
     assert code == BAD_INPUT
     assert f"the model from '{model}' could not be loaded (SafetensorError: " in error
-    assert "check that its files are whole and belong together" in error
+    assert "check that its files are there, whole and of one model" in error
     assert "Traceback" not in error
 
 

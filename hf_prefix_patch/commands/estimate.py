@@ -94,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
         )
         if arguments.plot is not None:
-            report.new_figure()  # before the work, if it cannot be made
+            report.check_chart(arguments.plot)  # before the work, if it cannot be made
         config = _config(arguments.model_config, arguments.tokenizer)
         model = None if config is None else empty_model(config)
         shape = None if model is None else DecoderShape.of_model(model)

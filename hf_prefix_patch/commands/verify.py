@@ -154,6 +154,8 @@ def _verify(arguments: argparse.Namespace) -> int:
             progress=sys.stderr.isatty(),
         )
     except NotImplementedError as refusal:
+        if not _is_ours(refusal):  # PyTorch has some, whether anything is shared or not
+            raise
         return _fail(_code_of_refusal(model, arguments.backend), refusal)
     except ValueError as error:
         return _fail(BAD_INPUT, error)
@@ -164,6 +166,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     show = _show_json if arguments.json else _show
     show(arguments, model, found, batch)
     return _CODES[found.verdict]
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised an error."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parents[1])
 
 
 def _code_of_refusal(model: Any, backend: str) -> int:
@@ -196,6 +204,11 @@ def _read_pairs(arguments: argparse.Namespace, limit: int) -> list[dict[str, Any
         pairs.append(record)
         if len(pairs) == arguments.pairs:
             break
+    if not items:
+        raise ValueError(
+            f"{arguments.data} holds no example, but must hold at least one; check how it is "
+            "written"
+        )
     if not pairs:
         raise ValueError(
             f"the prompts in {arguments.data} alone fill {limit} tokens, the most of --max-length "
@@ -339,7 +352,8 @@ def _ratio(a: float, b: float) -> str:
 
 
 def _fail(code: int, message: object) -> int:
-    print(f"hf-prefix-patch verify: {message}", file=sys.stderr)
+    notes = "".join(f" ({note})" for note in getattr(message, "__notes__", ()))
+    print(f"hf-prefix-patch verify: {message}{notes}", file=sys.stderr)
     return code
 
 
