@@ -69,8 +69,8 @@ def tokenize_preferences(
         TypeError: `data` is a mapping, or an example is none; `tokenizer` is a string.
         ValueError: an option out of range; a file of another kind, or one that is not what its name
             says or was written in part, with the line; no example, or one that lacks chosen or
-            rejected, mixes strings and messages, or has no prompt message or no token in an answer;
-            a tokenizer without what it must have.
+            rejected, mixes strings and messages, has no prompt message or repeats them in chosen,
+            or has no token in an answer; a tokenizer without what it must have.
 
     Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
