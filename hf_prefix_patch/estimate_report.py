@@ -163,8 +163,10 @@ def check_chart(path: Path) -> None:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: a folder, or a suffix that matplotlib has no format for.
+        ValueError: a folder, a path in none, or a suffix that matplotlib has no format for.
     """
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot is {path}, but {path.parent} is no folder; make it first")
     known = new_figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known or path.is_dir():
         raise ValueError(

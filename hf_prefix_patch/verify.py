@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import compress
 from typing import Any
 
 import torch
@@ -85,11 +84,10 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
             f"(bypassed: {bypassed}), but must, to be compared; the model was restored; mend what "
             "bypasses it, or run it unpatched"
         )
-    error = _error(shared, unshared)
-    rows = [row[real] for row, real in zip(error, mask.bool(), strict=True)]
+    real = mask.bool()
     # Padding alone can make rows of the model itself NaN: eager attention in fp64, before a row.
-    known = [bool(x[real].isfinite().all()) for x, real in zip(unshared, mask.bool(), strict=True)]
-    if not any(known):
+    known = [r for r, cells in enumerate(real) if bool(unshared[r, cells].isfinite().all())]
+    if not known:
         raise ValueError(
             f"hidden states of the unshared {calls.name} are NaN or infinite for random tokens, "
             "but must be finite to compare with; check its weights for NaN and its dtype (float16 "
@@ -98,10 +96,12 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     dtype = compute_precision(backbone, calls.seen.dtype)
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
     routed = dtype in TOLERANCE and has_experts(decoder_of(backbone).config)
-    errors = [row[_RESPONSE:].median() if routed else row.max() for row in compress(rows, known)]
-    worst = torch.stack(errors).max().item()  # NaN, if one is
+    error = _error(shared, unshared)
+    rows = [error[r, real[r]] for r in known]
+    of_rows = [x[_RESPONSE:].median() if routed else x.max() for x in rows]
+    worst = torch.stack(of_rows).max().item()  # NaN, if one is
     least, most = TOLERANCE.get(dtype, TOLERANCE_FP32)
-    noise = _error(moved, unshared)[mask.bool()].max().item()
+    noise = _error(moved, unshared)[real].max().item()
     tolerance = max(least, min(4 * noise, most))  # least, if padding makes the model itself NaN
     if not worst <= tolerance:
         raise RuntimeError(

@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_prefix_patch.options import count, name, seed
+from hf_prefix_patch.options import count, name, seed, with_notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +76,6 @@ def main(arguments: argparse.Namespace) -> None:
     from hf_prefix_patch.flops import DecoderShape, empty_model
     from hf_prefix_patch.loading import load_tokenizer
 
-    if arguments.plot is not None and not arguments.plot.parent.is_dir():
-        arguments.parser.error(
-            f"--plot is {arguments.plot}, but {arguments.plot.parent} is no folder; make it first"
-        )
     try:
         setting = Setting(
             batch_size=arguments.batch_size,
@@ -115,8 +111,7 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.plot is not None:
             report.draw(found, arguments.plot)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        arguments.parser.error(f"{error}{notes}")
+        arguments.parser.error(with_notes(error))
 
 
 def _length(value: str) -> int | None:

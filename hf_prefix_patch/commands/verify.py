@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hf_prefix_patch.options import count, name, seed
+from hf_prefix_patch.options import count, name, seed, with_notes
 from hf_prefix_patch.switch import CHOICES
 
 if TYPE_CHECKING:
@@ -352,8 +352,7 @@ def _ratio(a: float, b: float) -> str:
 
 
 def _fail(code: int, message: object) -> int:
-    notes = "".join(f" ({note})" for note in getattr(message, "__notes__", ()))
-    print(f"hf-prefix-patch verify: {message}{notes}", file=sys.stderr)
+    print(f"hf-prefix-patch verify: {with_notes(message)}", file=sys.stderr)
     return code
 
 
