@@ -59,7 +59,7 @@ def test_groups_share_one_call_on_their_prompt():
     """Eight responses of a prompt, three calls: the prompt, the triangles of the responses, and one
     tile of them all on the prompt."""
     tree = PrefixTree.from_rows([[1, 2, 3, 10 + r, 20 + r] for r in range(8)])
-    calls = cpu._calls(as_tensor(segment_blocks(tree)), heads=4)
+    calls = cpu._calls(as_tensor(segment_blocks(tree)), key_heads=4)
     prompt, responses = cpu.Tiles(0, 3), cpu.Tiles(3, 2, 8, 2)
     assert calls == [
         cpu.Call(prompt, prompt, causal=True),
@@ -69,10 +69,11 @@ def test_groups_share_one_call_on_their_prompt():
 
 
 @pytest.mark.parametrize("length", [511, 512, 700, 1024, 1300, 2900])
-@pytest.mark.parametrize("heads", [3, 4])
-def test_tiles_cover_what_is_visible_once(monkeypatch, length, heads):
-    """Long chains are halved; with two threads and odd heads, queries are split as well."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+@pytest.mark.parametrize(("key_heads", "threads"), [(3, 2), (4, 2), (2, 8)])
+def test_tiles_cover_what_is_visible_once(monkeypatch, length, key_heads, threads):
+    """Long chains are halved; with threads that key heads would leave idle, queries are split as
+    well, and a number that does not divide leaves some over."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rows = [list(range(length)), [*range(length - 300), *range(5000, 5400)]]
     rows[0] += [0] * (max(map(len, rows)) - length)
     rows[1] += [0] * (len(rows[0]) - len(rows[1]))
@@ -86,7 +87,7 @@ def test_tiles_cover_what_is_visible_once(monkeypatch, length, heads):
     n = tree.packed_tokens
     index = torch.arange(n, dtype=torch.float64).view(1, 1, n, 1)
     scores = torch.zeros(n, n, dtype=torch.int64)
-    for call in cpu._calls(as_tensor(segment_blocks(tree)), heads):
+    for call in cpu._calls(as_tensor(segment_blocks(tree)), key_heads):
         queries, keys = (x.of(index)[:, 0, :, 0].long() for x in (call.queries, call.keys))
         for q, k in zip(queries, keys.expand(len(queries), -1), strict=True):
             seen = torch.ones(len(q), len(k), dtype=torch.int64)
@@ -97,7 +98,26 @@ def test_tiles_cover_what_is_visible_once(monkeypatch, length, heads):
     assert scores.max() == 1
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("key_heads", "threads", "number"),
+    [(1, 1, 1), (8, 2, 1), (3, 2, 2), (9, 2, 1), (1, 2, 2), (2, 8, 4), (9, 8, 3), (5, 16, 3)],
+)
+def test_tiles_that_keep_the_threads_busy(key_heads, threads, number):
+    """Nine key heads on two threads are five and four: good enough; three are two and one."""
+    assert cpu._even_tiles(key_heads, threads) == number
+
+
+def test_triangles_come_in_calls_of_some_500_tokens(monkeypatch):
+    """And of as many tiles as the threads need."""
+    tree = PrefixTree.from_rows([list(range(2048))])
+    for threads, tiles in [(1, 2), (4, 4)]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        calls = cpu._calls(as_tensor(segment_blocks(tree)), key_heads=1)
+        numbers = [call.queries.number for call in calls if call.causal]
+        assert numbers == [tiles] * (8 // tiles)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2)])
 def test_long_chains(monkeypatch, threads, heads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -12,6 +12,8 @@ No key is copied.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,9 @@ from hf_prefix_patch.backends.base import HALF, as_blocks, rows_contiguous
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-_TILE = 256  # queries of a causal call at least, where a segment is halved
+_TILE = 256  # queries of a causal tile at least, where a segment is halved
+_TOGETHER = 512  # queries of a causal call, about: merged before they leave the cache
+_SHORTEST = 32  # queries of a tile that is split off for a thread: the kernel's own least
 
 
 class Tiles(NamedTuple):
@@ -37,10 +41,13 @@ class Tiles(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """`[1, heads, N, D]` to a view `[number, heads, length, D]`."""
-        if self.number == 1:
-            return x[:, :, self.start : self.start + self.length]
-        stop = self.start + (self.number - 1) * self.period + self.length
-        return x[:, :, self.start : stop].unfold(2, self.length, self.period)[0].permute(1, 0, 3, 2)
+        _, heads, _, size = x.shape
+        _, head, token, element = x.stride()
+        return x.as_strided(
+            (self.number, heads, self.length, size),
+            (self.period * token, head, token, element),
+            x.storage_offset() + self.start * token,
+        )
 
 
 class Call(NamedTuple):
@@ -69,7 +76,7 @@ def cpu_attention(
     output = query.new_empty((1, tokens, heads, size), dtype=exact)
     lse = query.new_empty((1, tokens, heads), dtype=exact)
     whole = output.transpose(1, 2), lse.transpose(1, 2)[..., None]
-    for call in _calls(blocks, heads):
+    for call in _calls(blocks, key.shape[1]):
         queries, keys, values = _inputs(call, query, key, value)
         part, part_lse = _forward(queries, keys, values, 0.0, call.causal, scale=scaling)
         merged, merged_lse = (call.queries.of(x) for x in whole)
@@ -101,7 +108,7 @@ def cpu_attention_backward(
     grads = [_by_tokens(x, exact) for x in (query, key, value)]
     grad, output, lse = (x.transpose(1, 2) for x in (grad, output, lse))
     lse = lse[..., None]
-    for call in _calls(blocks, query.shape[1]):
+    for call in _calls(blocks, key.shape[1]):
         queries, keys, values = _inputs(call, query, key, value)
         parts = _backward(
             call.queries.of(grad),
@@ -120,9 +127,9 @@ def cpu_attention_backward(
             if call.causal:
                 tiles.copy_(part)
                 continue
-            if part.shape != tiles.shape:
-                part = part.sum(0, keepdim=True, dtype=exact)
-            tiles.add_(part)
+            # Keys that several tiles of queries see have a gradient of each.
+            for piece in [part] if part.shape == tiles.shape else part:
+                tiles.add_(piece)
     dtypes = (query.dtype, key.dtype, value.dtype)
     dq, dk, dv = (x.to(dtype) for x, dtype in zip(grads, dtypes, strict=True))
     return dq, dk, dv
@@ -154,8 +161,9 @@ def _inputs(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tens
     return queries, keys, values
 
 
-def _calls(blocks: Tensor, heads: int) -> list[Call]:
+def _calls(blocks: Tensor, key_heads: int) -> list[Call]:
     """The causal calls of all segments, which cover every token once, then what is seen whole."""
+    even = _even_tiles(key_heads, torch.get_num_threads())
     causal: list[Call] = []
     whole: list[Call] = []
     for q0, q1, k0, k1 in as_blocks(blocks):
@@ -165,33 +173,48 @@ def _calls(blocks: Tensor, heads: int) -> list[Call]:
         for call in _halves(q0, q1):
             if not call.causal:
                 whole.append(call)
-            elif causal and causal[-1].queries.length == call.queries.length:
+            elif causal and _room(causal[-1].queries, call.queries.length, even):
                 # Right after it, as segments are in order and cover the packed row.
-                start, size, number, _ = causal[-1].queries
-                joined = Tiles(start, size, number + call.queries.number, size)
+                start, length, number, _ = causal[-1].queries
+                joined = Tiles(start, length, number + 1, length)
                 causal[-1] = Call(joined, joined, causal=True)
             else:
                 causal.append(call)
-    # In backward a thread takes whole heads: an odd number of them leaves one of two threads idle.
-    uneven = heads % torch.get_num_threads() > 0
-    return causal + [_split(call) if uneven else call for call in whole]
+    return causal + [piece for call in whole for piece in _pieces(call, even)]
+
+
+def _even_tiles(key_heads: int, threads: int) -> int:
+    """Tiles of a call that keep the threads busy for four fifths of its time: in backward a thread
+    takes all of a key head in a tile."""
+    for number in count(1):
+        tasks = number * key_heads
+        if 5 * tasks >= 4 * threads * ceil(tasks / threads):
+            break
+    return number
+
+
+def _room(tiles: Tiles, length: int, even: int) -> bool:
+    """Whether a call of these takes one more of such a length."""
+    most = even * max(1, _TOGETHER // (even * length))
+    return tiles.length == length and tiles.number < most
 
 
 def _halves(start: int, stop: int) -> Iterator[Call]:
-    """Causal attention of a segment: of its tiles each on itself, and of later halves on earlier
-    ones, all of a size in one call; what is more than a power of two of tiles comes after."""
+    """Causal attention of a segment: each of its tiles on itself, and later halves on earlier ones,
+    all of a size in one call; what is more than a power of two of tiles comes after."""
     tiles = (stop - start) // _TILE
     if tiles < 2:
         segment = Tiles(start, stop - start)
         yield Call(segment, segment, causal=True)
         return
     size = _TILE << (tiles.bit_length() - 1)
-    each = Tiles(start, _TILE, size // _TILE, _TILE)
-    yield Call(each, each, causal=True)
+    for first in range(start, start + size, _TILE):
+        tile = Tiles(first, _TILE)
+        yield Call(tile, tile, causal=True)
     half = _TILE
     while half < size:
-        count, period = size // (2 * half), 2 * half
-        later, earlier = (Tiles(s, half, count, period) for s in (start + half, start))
+        number, period = size // (2 * half), 2 * half
+        later, earlier = (Tiles(s, half, number, period) for s in (start + half, start))
         yield Call(later, earlier)
         half *= 2
     if start + size < stop:
@@ -199,13 +222,20 @@ def _halves(start: int, stop: int) -> Iterator[Call]:
         yield from _halves(start + size, stop)
 
 
-def _split(call: Call) -> Call:
-    """The same scores with the queries in two halves."""
-    queries = call.queries
-    if queries.number > 1 or queries.length % 2:
-        return call
-    half = queries.length // 2
-    return Call(Tiles(queries.start, half, 2, half), call.keys)
+def _pieces(call: Call, number: int) -> Iterator[Call]:
+    """The same scores, queries in `number` tiles and those left over in a call of their own."""
+    (start, length, tiles, period), keys = call.queries, call.keys
+    pieces = min(number, length // _SHORTEST)
+    if tiles >= number or pieces < 2:
+        yield call
+        return
+    for tile in range(tiles):
+        first = start + tile * period
+        seen = Tiles(keys.start + tile * keys.period, keys.length)
+        each, left = divmod(length, pieces)
+        yield Call(Tiles(first, each, pieces, each), seen)
+        if left:
+            yield Call(Tiles(first + length - left, left), seen)
 
 
 @cpu_attention.register_fake
