@@ -11,9 +11,10 @@ import torch
 from accelerate.utils import recursively_apply  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
+from hf_prefix_patch.callbacks import SetEpoch
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
 from hf_prefix_patch.planned import PlannedTensor
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
@@ -37,10 +38,16 @@ class TokenBudget:
         max_tokens: unique tokens in a batch.
         options: further arguments of `PrefixSharingBatchSampler`.
 
+    Attributes:
+        in_force: whether the trainer makes its batches by it. A loss of the user's own around this
+            one stays in the trainer when sharing is removed, and weighs no more.
+
     Raises:
         ValueError: an option of the trainer that chooses batches too; and as the sampler.
         TypeError: as the sampler.
     """
+
+    in_force = False
 
     def __init__(self, trainer: Any, max_tokens: int, options: Mapping[str, Any]) -> None:
         _check_arguments(trainer)
@@ -62,7 +69,7 @@ class TokenBudget:
                 'trainer, and the rest goes into sampler_options, as {"oversized": "skip"}'
             )
             raise
-        self.callback = _SetEpoch(self.sampler)
+        self.callback = SetEpoch(self.sampler)
         self._trainer = trainer
         self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step
         self._gather = trainer.accelerator.gather
@@ -147,7 +154,7 @@ class TokenBudget:
         """The trainer's loss, in training times the weight of the batch."""
         result = self._compute_loss(model, inputs, *args, **kwargs)
         by_tokens = kwargs.get("num_items_in_batch") is not None
-        if not self._trainer.model.training or by_tokens:
+        if not self._trainer.model.training or by_tokens or not self.in_force:
             return result
         pairs = inputs[self._rows_name].shape[0] / self._rows_per_pair
         self._weight = pairs / self.sampler.pairs_per_batch
@@ -181,18 +188,6 @@ class TokenBudget:
         """Pairs in a step of all processes, in the mean; the trainer counts samples with it."""
         steps: int = args.gradient_accumulation_steps * self._trainer.accelerator.num_processes
         return round(self.sampler.pairs_per_batch * steps)
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler the epoch, through whatever wraps it on several processes or in a resumed
-    run."""
-
-    def __init__(self, sampler: PrefixSharingBatchSampler) -> None:
-        self._sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A finished epoch may be counted a rounding error short of a whole number.
-        self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 def _check_arguments(trainer: Any) -> None:

@@ -11,6 +11,15 @@ from transformers import PreTrainedModel
 SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
 TOKENWISE_LAYER_TYPES = {"mlp", "moe"}  # layers without attention
+_DROPOUTS = (  # what attention layers call it
+    "attention_dropout",
+    "attn_drop",
+    "attn_dropout",
+    "attn_pdrop",
+    "dropout",
+    "dropout_p",
+    "dropout_prob",
+)
 _POSITIONS = {"wpe", "position_embeddings"}  # what learned embeddings of positions are called
 
 
@@ -53,6 +62,17 @@ def is_attention(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     called = getattr(code, "co_names", ())
     return "attention" in type(module).__name__.lower() or "ALL_ATTENTION_FUNCTIONS" in called
+
+
+def drops_attention(backbone: nn.Module) -> bool:
+    """Whether attention layers drop weights in training, as a rate or a module of theirs says."""
+    rates = (
+        getattr(rate, "p", rate)
+        for module in backbone.modules()
+        if is_attention(module)
+        for rate in (getattr(module, name, None) for name in _DROPOUTS)
+    )
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def has_neftune(model: PreTrainedModel) -> bool:

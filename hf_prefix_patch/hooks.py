@@ -9,7 +9,6 @@ checkpointed layers run again in backward, when any state outside the call has m
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embedd
 from hf_prefix_patch.config_views import give_views, restore_configs
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
 from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors
+from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.outputs import unpack_output
 from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
 from hf_prefix_patch.planned import plan_of
@@ -146,7 +146,7 @@ class BackbonePatch:
             raise RuntimeError(message)
         if self.on_bypass == "warn" and reason not in self.warned:
             self.warned.add(reason)
-            warnings.warn(f"{message} It runs as without sharing.", stacklevel=2)
+            warn_caller(f"{message} It runs as without sharing.")
 
     def watch(self, tree: PrefixTree | None) -> None:
         """Say so when the first training calls share nothing."""
@@ -158,11 +158,10 @@ class BackbonePatch:
             return
         self.unshared_training_calls = calls + 1
         if calls + 1 == _PATIENCE and self.on_bypass != "ignore":
-            warnings.warn(
+            warn_caller(
                 f"prefix sharing: the first {_PATIENCE} training batches shared no token. Rows "
                 "that share a prompt must be in one batch and start in the same column (right "
-                f"padding). Bypassed calls: {dict(self.stats.bypassed)}.",
-                stacklevel=2,
+                f"padding). Bypassed calls: {dict(self.stats.bypassed)}."
             )
 
 

@@ -98,6 +98,7 @@ class Launch:
                 on_bypass=self._on_bypass,
                 log_metrics=options.log_metrics,
                 max_tokens_per_batch=options.max_tokens_per_batch,
+                sampler_options=options.sampler_options,
                 keep_groups=options.keep_groups,
             )
         except _REFUSALS as refusal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from numbers import Integral
 from typing import Any
 
@@ -55,6 +56,19 @@ def seed(text: str) -> int:
             f"{text!r} is given, but must be an integer from 0 to 2**32 - 1; give one of these"
         )
     return int(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An option of the command line that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"""{text!r} is given, but must be a JSON object; write it as '{{"name": value}}'"""
+        )
+    return value
 
 
 def count(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial, reduce
@@ -33,19 +34,21 @@ class PrefixSharing:
     """Handle on one or more patched decoder stacks; made by `enable_prefix_sharing`.
 
     As a context manager it removes the patch on exit. Of a model that was shared already, it brings
-    back the options that it found, and sharing goes on.
+    back the options that it found, those of its trainer as well, and sharing goes on. It keeps no
+    model alive.
     """
 
     def __init__(self, shared: list[Shared]) -> None:
-        self._backbones = [x.backbone for x in shared]
+        self._backbones = [weakref.ref(x.backbone) for x in shared]
         self._found = [x.found for x in shared]
-        self._patches = [patch for patch in map(patch_of, self._backbones) if patch is not None]
+        self._patches = [patch for patch in map(patch_of, self.backbones) if patch is not None]
         self._trainer_patch: TrainerPatch | None = None
 
     @property
     def backbones(self) -> list[PreTrainedModel]:
-        """The patched decoder stacks; that of the (policy) model is the first."""
-        return list(self._backbones)
+        """The patched decoder stacks that are still there; that of the (policy) model is the
+        first."""
+        return [stack for stack in (ref() for ref in self._backbones) if stack is not None]
 
     @property
     def stats(self) -> SharingStats:
@@ -71,8 +74,8 @@ class PrefixSharing:
         return None if budget is None else budget.sampler
 
     def _selection(self) -> Selection:
-        patch, backbone = self._patches[0], self._backbones[0]
-        return patch.last or patch.selection(backbone)
+        patch = self._patches[0]
+        return patch.last or patch.selection(self.backbones[0])
 
     def remove(self) -> None:
         """Undo the patch; nothing of it is left, whoever enabled it. Removing twice is fine."""
@@ -80,14 +83,25 @@ class PrefixSharing:
 
     def _undo(self, found: list[tuple[str, OnBypass, bool] | None]) -> None:
         if self._trainer_patch is not None:
-            self._trainer_patch.remove()
-        for backbone, patch, options in zip(self._backbones, self._patches, found, strict=True):
-            if patch_of(backbone) is not patch:
+            self._undo_trainer(self._trainer_patch, found[0] is not None)
+            self._trainer_patch = None
+        for ref, patch, options in zip(self._backbones, self._patches, found, strict=True):
+            backbone = ref()
+            if backbone is None or patch_of(backbone) is not patch:
                 continue
             if options is None:
                 patch.remove(backbone)
             else:
                 patch.configure(*options)
+
+    def _undo_trainer(self, on_trainer: TrainerPatch, shared_before: bool) -> None:
+        policy = self._backbones[0]()
+        if shared_before:
+            on_trainer.give_back()
+        elif policy is not None and patch_of(policy) is self._patches[0]:
+            on_trainer.clear()
+        else:  # a newer patch is none of its concern
+            on_trainer.remove()
 
     def __enter__(self) -> PrefixSharing:
         return self
@@ -101,7 +115,7 @@ class PrefixSharing:
         self._undo(self._found)
 
     def __repr__(self) -> str:
-        active = any(map(patch_of, self._backbones))
+        active = any(map(patch_of, self.backbones))
         state = "active" if active else "removed"
         return f"PrefixSharing({state}, backend={self._patches[0].backend!r}, stats={self.stats})"
 
@@ -211,6 +225,7 @@ def enable_prefix_sharing(
             handle._trainer_patch = TrainerPatch(
                 trainer,
                 handle,
+                on_bypass,
                 log_metrics,
                 max_tokens_per_batch,
                 sampler_options or {},

@@ -12,11 +12,17 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Backend, Needs, autocast_dtype
 from hf_prefix_patch.backends.flex import FLEX
-from hf_prefix_patch.features import has_sinks, is_attention, layer_types, sliding_window
+from hf_prefix_patch.features import (
+    drops_attention,
+    has_sinks,
+    is_attention,
+    layer_types,
+    sliding_window,
+)
 from hf_prefix_patch.kernel_check import kernel_fault
 from hf_prefix_patch.wrappers import device_of
 
-# What configs call the dropout of attention weights.
+# What configs call the dropout of attention weights, for layers that ask them at each call.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
@@ -59,9 +65,14 @@ def select(name: str, needs: Needs, model: str) -> Selection:
                 )
                 warnings.warn(message, stacklevel=2)
         passed_over[backend.name] = reason
-    if name != "auto" and unserved(BACKENDS[name], needs) is not None:
-        can = [other.name for other in BACKENDS.values() if unserved(other, needs) is None]
-        raise NotImplementedError(
+    if name != "auto":
+        can = [
+            other.name
+            for other in BACKENDS.values()
+            if other.name != name and unserved(other, needs) is None
+        ]
+        fault = unserved(BACKENDS[name], needs) is None
+        raise (RuntimeError if fault else NotImplementedError)(
             f"prefix sharing refused: backend {name!r} cannot serve this {model}: "
             f"{passed_over[name]}; these can: {can}, and backend='auto' picks one"
         )
@@ -129,11 +140,13 @@ class Structure:
         head_dims: sizes of its query, key and value heads.
         slides: whether layers have a sliding window: both, where some do.
         sinks: whether layers have attention sinks.
+        drops: whether layers have a dropout of attention weights.
     """
 
     head_dims: frozenset[int]
     slides: frozenset[bool]
     sinks: bool
+    drops: bool
 
 
 def structure_of(backbone: PreTrainedModel) -> Structure:
@@ -143,6 +156,7 @@ def structure_of(backbone: PreTrainedModel) -> Structure:
         head_dims=_head_dims(backbone),
         slides=frozenset(kind == "sliding_attention" for kind in kinds),
         sinks=has_sinks(backbone),
+        drops=drops_attention(backbone),
     )
 
 
@@ -165,7 +179,7 @@ def needs_of(backbone: PreTrainedModel, structure: Structure, seen: Seen | None 
         "window": windows != {None},
         "softcap": getattr(config, "attn_logit_softcapping", None) is not None,
         "sinks": structure.sinks,
-        "dropout": any(getattr(config, name, None) for name in _DROPOUTS),
+        "dropout": structure.drops or any(getattr(config, name, None) for name in _DROPOUTS),
     }
     return Needs(
         device=seen.device,

@@ -46,6 +46,7 @@ class LaunchOptions:
     on_refusal: str = "raise"
     log_metrics: bool = False
     max_tokens_per_batch: int | None = None
+    sampler_options: dict[str, Any] | None = None
     keep_groups: bool = False
 
     @classmethod
@@ -68,6 +69,7 @@ class LaunchOptions:
             )
         types: dict[str, Any] = dict.fromkeys(("verify", "log_metrics", "keep_groups"), bool)
         types["max_tokens_per_batch"] = int | None
+        types["sampler_options"] = dict | None
         names = [field.name for field in fields(cls)]
         for name, value in given.items():
             if name not in names:

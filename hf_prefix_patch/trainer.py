@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
 from hf_prefix_patch.groups import GroupedMicroBatches, grouping_advice
-from hf_prefix_patch.hooks import patch_of
+from hf_prefix_patch.hooks import OnBypass, patch_of
 from hf_prefix_patch.support import REFUSED
 from hf_prefix_patch.versions import check_loaded
 from hf_prefix_patch.wrappers import backbone_of, unwrap
@@ -141,6 +141,7 @@ class TrainerPatch:
     """What sharing changes in a trainer beside its models; undone by `remove`.
 
     - `data_collator` makes batches that carry their plan.
+    - A callback looks whether the model is shared when training begins.
     - With `log_metrics`, sharing metrics join what is logged.
     - With `max_tokens`, training batches are made by token budget.
     - With `keep_groups`, completions of one prompt come in one micro-batch.
@@ -150,12 +151,16 @@ class TrainerPatch:
         self,
         trainer: Any,
         handle: PrefixSharing,
+        on_bypass: OnBypass,
         log_metrics: bool,
         max_tokens: int | None,
         sampler_options: Mapping[str, Any],
         keep_groups: bool = False,
     ) -> None:
-        before = trainer_patch_of(trainer)
+        # Here as in budget: it needs accelerate, which models and loops of one's own do not.
+        from hf_prefix_patch.callbacks import CheckPolicy
+
+        self._before = before = trainer_patch_of(trainer)
         if before is not None:
             before.remove()
         self._trainer = trainer
@@ -163,23 +168,24 @@ class TrainerPatch:
         try:
             grouped = GroupedMicroBatches(trainer) if keep_groups else None
             if max_tokens is not None:
-                # Only here: it needs accelerate, which models and loops of one's own do not.
                 from hf_prefix_patch.budget import TokenBudget
 
                 self.budget = TokenBudget(trainer, max_tokens, sampler_options)
+            planning = DataCollatorWithPrefixSharing.wrap(trainer.data_collator)
+            self._new: list[tuple[Any, str, Any]] = [(trainer, "data_collator", planning)]
+            self._callbacks: list[Any] = [CheckPolicy(on_bypass, self.budget is not None)]
+            if log_metrics:
+                self._new.append((trainer, "log", MetricsLog(trainer, handle)))
+            if self.budget is not None:
+                self._new += self.budget.overrides
+                self._callbacks.append(self.budget.callback)
+            if grouped is not None:
+                self._new.append((trainer, "_prepare_inputs", grouped))
+            self.apply()
         except BaseException:
             if before is not None:
                 before.apply()
             raise
-        planning = DataCollatorWithPrefixSharing.wrap(trainer.data_collator)
-        self._new: list[tuple[Any, str, Any]] = [(trainer, "data_collator", planning)]
-        if log_metrics:
-            self._new.append((trainer, "log", MetricsLog(trainer, handle)))
-        if self.budget is not None:
-            self._new += self.budget.overrides
-        if grouped is not None:
-            self._new.append((trainer, "_prepare_inputs", grouped))
-        self.apply()
 
     def apply(self) -> None:
         self._old = [
@@ -191,27 +197,47 @@ class TrainerPatch:
         try:
             for owner, name, value in self._new:
                 owner.__dict__[name] = value
-            if self.budget is not None:
-                self._trainer.add_callback(self.budget.callback)
+            for callback in self._callbacks:
+                self._trainer.add_callback(callback)
+            self._put_in_force(True)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
-        """Put everything back; removing twice is fine."""
-        if self._trainer.__dict__.get(_STATE) is not self:
+        """Put everything back but what others have set since; removing twice is fine."""
+        if trainer_patch_of(self._trainer) is not self:
             return
-        for owner, name, _ in self._new:
-            owner.__dict__.pop(name, None)
-        for owner, name, value in self._old:
-            owner.__dict__[name] = value
-        # Not there yet, where adding it failed.
-        if (
-            self.budget is not None
-            and self.budget.callback in self._trainer.callback_handler.callbacks
-        ):
-            self._trainer.remove_callback(self.budget.callback)
+        old = {(id(owner), name): value for owner, name, value in self._old}
+        for owner, name, ours in self._new:
+            if owner.__dict__.get(name) is not ours:
+                continue
+            del owner.__dict__[name]
+            if (id(owner), name) in old:
+                owner.__dict__[name] = old[id(owner), name]
+        for callback in self._callbacks:
+            # Not there yet, where adding it failed.
+            if callback in self._trainer.callback_handler.callbacks:
+                self._trainer.remove_callback(callback)
+        self._put_in_force(False)
         del self._trainer.__dict__[_STATE]
+
+    def _put_in_force(self, value: bool) -> None:
+        if self.budget is not None:
+            self.budget.in_force = value
+
+    def clear(self) -> None:
+        """Leave nothing of sharing in the trainer, whoever enabled it."""
+        current = trainer_patch_of(self._trainer)
+        if current is not None:
+            current.remove()
+
+    def give_back(self) -> None:
+        """Remove this patch, and bring back the one that it took the place of."""
+        if trainer_patch_of(self._trainer) is self:
+            self.remove()
+            if self._before is not None:
+                self._before.apply()
 
 
 def trainer_patch_of(trainer: Any) -> TrainerPatch | None:

@@ -35,6 +35,7 @@ from hf_prefix_patch import (
     enable_prefix_sharing,
     plans,
 )
+from hf_prefix_patch.callbacks import CheckPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -313,7 +314,9 @@ def test_enabling_again_and_taking_it_off(llama, tmp_path):
     handle = enable_prefix_sharing(trainer)  # the later call counts
     assert changed() == {"data_collator", "_prefix_sharing"}
     assert handle.sampler is None
-    assert trainer.callback_handler.callbacks == callbacks
+    *others, check = trainer.callback_handler.callbacks
+    assert others == callbacks
+    assert isinstance(check, CheckPolicy)
     with pytest.raises(ValueError, match="unique tokens of 12 pairs exceed it") as refused:
         enable_prefix_sharing(trainer, max_tokens_per_batch=5)
     assert 'sampler_options, as {"oversized": "skip"}' in refused.value.__notes__[0]
@@ -321,10 +324,114 @@ def test_enabling_again_and_taking_it_off(llama, tmp_path):
     assert handle.stats is not None
     disable_prefix_sharing(trainer)
     assert changed() == set()
+    assert trainer.callback_handler.callbacks == callbacks
     with pytest.raises(ValueError, match="exceed it"):
         enable_prefix_sharing(trainer, max_tokens_per_batch=5)
     assert changed() == set()
     assert not trainer.model.get_base_model().base_model._forward_hooks
+
+
+def batches_of(trainer):
+    return len(trainer.get_train_dataloader())
+
+
+def test_whoever_removes_takes_the_budget_along(llama, tmp_path):
+    trainer = build_trainer(load(llama), tmp_path, max_steps=1)
+    before = set(vars(trainer))
+    first = enable_prefix_sharing(trainer, max_tokens_per_batch=2000)
+    second = enable_prefix_sharing(trainer, max_tokens_per_batch=2000, verify=False)
+    assert batches_of(trainer) == 1
+    first.remove()
+    assert batches_of(trainer) == 3
+    assert vars(trainer).keys() == before | {"_signature_columns"}
+    second.remove()
+    third = enable_prefix_sharing(trainer, max_tokens_per_batch=2000, verify=False)
+    first.remove()  # long off: the newer patch is none of its concern
+    assert batches_of(trainer) == 1
+    assert third.sampler is not None
+
+
+@pytest.mark.parametrize("how", ["outer", "disable"])
+def test_batches_by_budget_are_never_trained_unshared(llama, tmp_path, how):
+    """Sharing was removed from the model, by what knows nothing of the trainer."""
+    model = load(llama)
+    outer = enable_prefix_sharing(model)
+    trainer = build_trainer(model, tmp_path, max_steps=1)
+    handle = enable_prefix_sharing(trainer, max_tokens_per_batch=2000)
+    outer.remove() if how == "outer" else disable_prefix_sharing(trainer.model)
+    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM .* is not shared: sharing was rem"):
+        trainer.train()
+    handle.remove()
+    assert batches_of(trainer) == 3
+    trainer.train()
+
+
+@pytest.mark.parametrize("on_bypass", ["warn", "raise", "ignore"])
+def test_a_model_that_takes_the_place_of_the_shared_one(llama, tmp_path, on_bypass, recwarn):
+    def make(shared=False):
+        model = LlamaForSequenceClassification.from_pretrained(llama, num_labels=1)
+        model.config.pad_token_id = 0
+        return enable_prefix_sharing(model, verify=False) and model if shared else model
+
+    def train(**options):
+        args = TrainingArguments(
+            tmp_path, max_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False
+        )
+        rows = [{"input_ids": [1, 2, 3, 4 + i], "labels": 0.0} for i in range(4)]
+        trainer = Trainer(
+            model_init=lambda: make(shared=len(made) > 0 and again),
+            args=args,
+            train_dataset=rows,
+            data_collator=lambda x: {k: torch.tensor([y[k] for y in x]) for k in x[0]},
+        )
+        made.append(1)
+        handle = enable_prefix_sharing(trainer, on_bypass=on_bypass)
+        trainer.train()
+        assert handle.stats.calls == 0  # of the model that is gone
+        return trainer
+
+    made, again = [], False
+    if on_bypass == "raise":
+        with pytest.raises(RuntimeError, match="as what model_init builds does"):
+            train()
+    else:
+        train()
+    said = [str(x.message) for x in recwarn if "is not shared" in str(x.message)]
+    assert len(said) == (on_bypass == "warn")
+    made, again = [], True
+    trainer = train()  # says nothing
+    assert trainer.model.model._prefix_sharing.stats.calls == 1
+    assert len([x for x in recwarn if "is not shared" in str(x.message)]) == len(said)
+
+
+def test_an_inner_context_gives_the_trainer_back(llama, tmp_path):
+    trainer = build_trainer(load(llama), tmp_path, max_steps=1, logging_steps=1)
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=2000, log_metrics=True) as outer:
+        ours = dict(vars(trainer))
+        with enable_prefix_sharing(trainer, verify=False) as inner:
+            assert inner.sampler is None
+            assert batches_of(trainer) == 3
+        assert {name: vars(trainer)[name] for name in ours} == ours
+        assert batches_of(trainer) == 1
+        trainer.train()
+        assert "prefix_sharing/sharing_ratio" in trainer.state.log_history[0]
+        assert outer.stats.calls > 0
+    assert batches_of(trainer) == 3
+    assert outer.sampler is None
+
+
+def test_what_is_set_while_sharing_is_on_stays(llama, tmp_path):
+    """A collator of the user's, and a loss around the weighted one, which weighs no more."""
+    trainer = build_trainer(load(llama), tmp_path)
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET):
+        collator = trainer.data_collator = DataCollatorWithPrefixSharing(0, max_length=44)
+        inner = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert trainer.data_collator is collator
+    _, got = epoch_gradients(trainer)
+    del trainer.compute_loss
+    _, want = epoch_gradients(trainer)
+    assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
 def test_options_of_the_sampler(llama, tmp_path):

@@ -1,5 +1,7 @@
 """The flex backend: its block-sparse mask, and its forward pass (it has no backward on a CPU)."""
 
+import shutil
+
 import pytest
 import torch
 from batches import packed_inputs
@@ -136,3 +138,22 @@ def test_a_window_that_the_config_does_not_tell_of_is_refused():
     )
     with pytest.raises(NotImplementedError, match=message):
         flex.flex_attend(torch.nn.Linear(1, 1), *packed_inputs(tree), **options)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch on loading its compiler
+def test_soft_caps_of_several_models_are_compiled():
+    """The kernel check comes first, with a cap of its own."""
+    from torch._inductor.utils import fresh_cache
+
+    tree = PrefixTree.from_rows([[*range(40), 100], [*range(40), 200]])
+    inputs = [x.detach().float() for x in packed_inputs(tree, size=16)]
+    masks = {None: flex.tree_block_mask(tree, None, CPU)}
+    flex._compiled_flex.cache_clear()
+    torch.compiler.reset()
+    with fresh_cache(), torch.no_grad():
+        for softcap in (5.0, 30.0, 50.0):
+            options = {"scaling": 0.3, "softcap": softcap}
+            got = flex.flex_attend(None, *inputs, **options, tree_block_masks=masks)
+            want = duplicated_rows_attention(tree, *inputs, **options)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

@@ -28,6 +28,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
+
+@pytest.fixture(autouse=True)
+def _compile_anew():
+    """Kinds of attention beyond the compiler's limit would run unfused, without a word."""
+    torch.compiler.reset()
+
+
 HALF = [torch.bfloat16, torch.float16]
 SIZES = [64, 80, 96, 128, 256]
 
@@ -208,12 +215,16 @@ def test_models_are_no_worse_than_unpatched(name, family, dtype, mode):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_auto_picks_the_fast_backend(size):
-    model = tiny_model("llama", **model_options(size)).cuda()
+    model, batch = tiny_model("llama", **model_options(size)).cuda(), on_cuda(ragged_rows())
     with enable_prefix_sharing(model) as sharing:
+        run(model, batch)
         assert sharing.backend == "sdpa"
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            assert sharing.backend == "torch_varlen"
-        model.bfloat16()
+            run(model, batch)
+        assert sharing.backend == "torch_varlen"
+        run(model, batch)
+        assert sharing.backend == "sdpa"
+        run(model.bfloat16(), batch)
         assert sharing.backend == "torch_varlen"
 
 

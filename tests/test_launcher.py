@@ -583,6 +583,9 @@ def test_command_line(tmp_path):
     assert "'flash2' (choose from" in python(*program, "run", "--backend", "flash2", code=2).stderr
     missing = python(*program, "run", "nosuch.py", code=2).stderr
     assert "no file 'nosuch.py'; give a Python file" in missing
+    assert "variable" not in missing
+    installed = python(*program, "run", "sh", code=2).stderr
+    assert "For an installed command set the variable instead: HF_PREFIX_PATCH=1 sh" in installed
     for module in ("nosuch.module", "json"):
         missing = python(*program, "run", "-m", module, code=1).stderr
         assert "that can be run" in missing

@@ -1,8 +1,11 @@
 """Enabling and disabling: what changes, and that nothing is left."""
 
 import copy
+import gc
 import logging
 import pickle
+import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -142,6 +145,37 @@ def test_an_old_handle_does_not_remove_a_newer_patch():
         outputs(model, batch)
     assert new.stats.calls == 1
     assert "removed" in repr(new)
+
+
+def test_a_handle_keeps_no_model_alive():
+    """`sharing.stats` is read after training, when the model may be gone."""
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(model) as removed:
+        outputs(model, batch)
+    active = enable_prefix_sharing(model)
+    alive = weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert removed.stats.calls == 1
+    for handle in (removed, active):
+        assert handle.backbones == []
+        assert handle.backend == "sdpa"
+        assert "removed" in repr(handle)
+        handle.remove()
+
+
+def test_warnings_point_at_the_call():
+    """Each place of the program has its own, though the message is one."""
+    models, batch = [tiny_model(), tiny_model()], preference_batch()
+    for model in models:
+        enable_prefix_sharing(model, verify=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        models[0].train()(**batch.inputs, output_attentions=True)
+        models[1].train()(**batch.inputs, output_attentions=True)
+    assert [warning.filename for warning in said] == [__file__, __file__]
+    assert said[1].lineno == said[0].lineno + 1
 
 
 def test_an_exception_in_forward_leaves_the_model_usable():
@@ -410,7 +444,8 @@ def test_ids_that_the_model_comes_to_know():
         model(ids, batch.attention_mask)
         assert sharing.stats.calls == 1
     config = LoraConfig(target_modules=["q_proj", "embed_tokens"])
-    with enable_prefix_sharing(get_peft_model(tiny_model(), config)) as sharing, unknown:
+    adapted = get_peft_model(tiny_model(), config)
+    with enable_prefix_sharing(adapted) as sharing, unknown:
         sharing.backbones[0](planned["input_ids"], planned["attention_mask"])
 
 

@@ -109,6 +109,7 @@ def test_gpus_that_are_too_old_or_not_cuda(ampere):
         ("flash", {}, 'loaded with flash attention, and this one has "sdpa"'),
         ("flex", {"features": frozenset({"dropout"})}, "has no dropout"),
         ("flex", {"dtype": torch.float64}, "does not compute in float64"),
+        ("flex", {"head_dims": frozenset({8, 16})}, "heads of at least 16, and this model has som"),
         ("flex", {"device": torch.device("cpu")}, "no backward on cpu"),
     ],
 )
@@ -195,6 +196,19 @@ def test_dropout_of_the_gpt2_family():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).transformer
     found = selection.needs_of(model, selection.structure_of(model))
     assert (found.features, found.head_dims) == ({"dropout"}, {8})
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"), [("dropout", 0.1), ("attn_pdrop", 0.1), ("attn_dropout", torch.nn.Dropout())]
+)
+def test_dropout_that_the_layers_tell_of(name, rate):
+    """Configs call it by names of their own (Mllama, DBRX)."""
+    model = tiny_model().model
+    setattr(model.layers[1].self_attn, name, 0.0 if rate == 0.1 else torch.nn.Dropout(0.0))
+    assert not selection.needs_of(model, selection.structure_of(model)).features
+    setattr(model.layers[1].self_attn, name, rate)
+    found = selection.needs_of(model, selection.structure_of(model))
+    assert found.features == {"dropout"}
 
 
 def test_per_call_needs_do_not_walk_the_model(monkeypatch):
@@ -366,8 +380,14 @@ def test_auto_moves_on_with_a_warning(on_cpu):
         sharing = enable_prefix_sharing(model)
     assert sharing.backend == "sdpa"
     assert "wrong results" in sharing.passed_over["torch_varlen"]
-    with pytest.raises(RuntimeError, match=r"no backend of \['torch_varlen'\] computes right"):
+    with pytest.raises(RuntimeError, match=r"computes wrong .*; these can: \['sdpa'\]") as refused:
         enable_prefix_sharing(tiny_model().bfloat16(), backend="torch_varlen")
+    assert not isinstance(refused.value, NotImplementedError)
+    on_cpu.setattr(selection, "kernel_fault", lambda backend, needs: "it is wrong")
+    none = r"no backend of .*'sdpa'.* computes right results"
+    warned = pytest.warns(UserWarning, match="does not use its backend '.*': it is wrong")
+    with warned, pytest.raises(RuntimeError, match=none):
+        enable_prefix_sharing(tiny_model().bfloat16())
 
 
 def test_the_check_leaves_random_state_and_gradient_mode_alone(on_cpu):

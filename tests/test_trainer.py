@@ -11,11 +11,20 @@ from hf_prefix_patch.trainer import TrainerPatch, other_models_of
 
 def test_a_log_of_the_users_own_is_called_and_put_back():
     said = []
+    callbacks = []
     trainer = SimpleNamespace(
-        log=said.append, model=SimpleNamespace(training=True), data_collator=list
+        log=said.append,
+        model=SimpleNamespace(training=True),
+        data_collator=list,
+        callback_handler=SimpleNamespace(callbacks=callbacks),
+        add_callback=callbacks.append,
+        remove_callback=callbacks.remove,
     )
+    attributes = set(vars(trainer))
     theirs, handle = trainer.log, SimpleNamespace(stats=SharingStats(100, 100, 70, 1))
-    patch = TrainerPatch(trainer, handle, log_metrics=True, max_tokens=None, sampler_options={})
+    patch = TrainerPatch(
+        trainer, handle, "warn", log_metrics=True, max_tokens=None, sampler_options={}
+    )
     handle.stats += SharingStats(6, 8, 4, 1)
     trainer.log({"loss": 1.0})
     trainer.log({"loss": 0.5})  # no call since the last log
@@ -25,7 +34,8 @@ def test_a_log_of_the_users_own_is_called_and_put_back():
     ]
     patch.remove()
     assert trainer.log is theirs
-    assert vars(trainer).keys() == {"log", "model", "data_collator"}
+    assert vars(trainer).keys() == attributes
+    assert not callbacks
 
 
 def test_two_heads_on_one_stack_are_one_model():

@@ -18,6 +18,7 @@ from hf_prefix_patch.backends.base import HALF, Backend, Needs, subtree_ends, to
 from hf_prefix_patch.tree import PrefixTree
 
 _BLOCK = 128
+_NARROWEST = 16  # head size that FlexAttention's kernel takes
 
 
 def flex_attend(
@@ -55,7 +56,7 @@ def flex_attend(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _soft_capped(softcap),
+        score_mod=None if softcap is None else _soft_capped(softcap, query.device),
         block_mask=tree_block_masks[sliding_window],
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -81,9 +82,13 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 @cache
-def _soft_capped(softcap: float) -> Callable[..., Tensor]:
+def _soft_capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
+    # A tensor: the second number that a closure has makes the compiler trace it as a symbol, which
+    # it then cannot lower.
+    cap = torch.tensor(softcap, device=device)
+
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return torch.tanh(score / softcap) * softcap
+        return torch.tanh(score / cap) * cap
 
     return score_mod
 
@@ -153,6 +158,9 @@ def _unserved(needs: Needs) -> str | None:
         return f"it has no backward on {needs.device.type}, only on a CUDA device"
     if needs.dtype not in (*HALF, torch.float32):
         return f"it does not compute in {str(needs.dtype).removeprefix('torch.')}"
+    narrow = [size for size in sorted(needs.head_dims) if size < _NARROWEST]
+    if narrow:
+        return f"it takes heads of at least {_NARROWEST}, and this model has some of {narrow}"
     return None
 
 

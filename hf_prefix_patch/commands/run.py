@@ -17,9 +17,10 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import shutil
 import sys
 
-from hf_prefix_patch.options import count
+from hf_prefix_patch.options import count, json_object
 from hf_prefix_patch.program import run_file, run_module
 from hf_prefix_patch.switch import CHOICES, VARIABLE, LaunchOptions, switch_on
 
@@ -60,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="training batches of at most so many unique tokens on each device",
     )
     parser.add_argument(
+        "--sampler-options",
+        type=json_object,
+        metavar="JSON",
+        help="""how those are made: arguments of PrefixSharingBatchSampler, as '{"oversized": """
+        """"skip"}'""",
+    )
+    parser.add_argument(
         "--keep-groups",
         action="store_true",
         help="deal out the completions of a prompt together (GRPO, RLOO)",
@@ -71,11 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if not arguments.module and not os.path.isfile(arguments.script):
+    if arguments.sampler_options is not None and arguments.max_tokens_per_batch is None:
         arguments.parser.error(
-            f"no file {arguments.script!r}; give a Python file or, after -m, a module. For an "
-            f"installed command set the variable instead: {VARIABLE}=1 {arguments.script} ..."
+            "--sampler-options are for the batches of --max-tokens-per-batch; give that too"
         )
+    if not arguments.module and not os.path.isfile(arguments.script):
+        message = f"no file {arguments.script!r}; give a Python file or, after -m, a module"
+        if shutil.which(arguments.script):
+            message += (
+                ". For an installed command set the variable instead: "
+                f"{VARIABLE}=1 {arguments.script} ..."
+            )
+        arguments.parser.error(message)
     options = LaunchOptions(
         backend=arguments.backend,
         verify=not arguments.no_verify,
@@ -83,6 +98,7 @@ def main(arguments: argparse.Namespace) -> None:
         on_refusal=arguments.on_refusal,
         log_metrics=arguments.log_metrics,
         max_tokens_per_batch=arguments.max_tokens_per_batch,
+        sampler_options=arguments.sampler_options,
         keep_groups=arguments.keep_groups,
     )
     os.environ[VARIABLE] = str(options)

@@ -1,0 +1,66 @@
+"""What a patched trainer is told in the course of training."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_prefix_patch.hooks import OnBypass, patch_of
+from hf_prefix_patch.wrappers import backbone_of, unwrap
+
+if TYPE_CHECKING:
+    from hf_prefix_patch.sampler import PrefixSharingBatchSampler
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the sampler the epoch, through whatever wraps it on several processes or in a resumed
+    run."""
+
+    def __init__(self, sampler: PrefixSharingBatchSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A finished epoch may be counted a rounding error short of a whole number.
+        self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class CheckPolicy(TrainerCallback):
+    """Says so when the model that is about to be trained is not shared, though the trainer is
+    patched: its batches may hold several times the tokens that it then runs on.
+
+    Args:
+        on_bypass: as `enable_prefix_sharing`.
+        by_budget: whether batches are made by token budget; without sharing they may need more
+            memory than there is, so that training does not begin.
+    """
+
+    def __init__(self, on_bypass: OnBypass, by_budget: bool) -> None:
+        self._on_bypass, self._by_budget = on_bypass, by_budget
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if _is_shared(model):
+            return
+        message = (
+            f"the {type(model).__name__} that this trainer trains is not shared: sharing was "
+            "removed from it, or it took the place of the model that was enabled, as what "
+            "model_init builds does; call enable_prefix_sharing on the trainer again or, with "
+            "model_init, on the model in there, or else disable_prefix_sharing on the trainer"
+        )
+        if self._by_budget:
+            raise RuntimeError(f"{message}. Its batches are made by max_tokens_per_batch")
+        if self._on_bypass == "raise":
+            raise RuntimeError(message)
+        if self._on_bypass == "warn":
+            warnings.warn(f"prefix sharing: {message}", stacklevel=2)
+
+
+def _is_shared(model: nn.Module) -> bool:
+    try:
+        return patch_of(backbone_of(unwrap(model, check=False))) is not None
+    except TypeError:  # no model of transformers
+        return False
