@@ -143,7 +143,7 @@ def test_a_window_that_the_config_does_not_tell_of_is_refused():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch on loading its compiler
 def test_soft_caps_of_several_models_are_compiled():
-    """The kernel check comes first, with a cap of its own."""
+    """The kernel check comes first, with a cap of its own; a compiled layer has one."""
     from torch._inductor.utils import fresh_cache
 
     tree = PrefixTree.from_rows([[*range(40), 100], [*range(40), 200]])
@@ -152,8 +152,14 @@ def test_soft_caps_of_several_models_are_compiled():
     flex._compiled_flex.cache_clear()
     torch.compiler.reset()
     with fresh_cache(), torch.no_grad():
-        for softcap in (5.0, 30.0, 50.0):
+        compiled = torch.compile(flex.flex_attend, fullgraph=True)
+        for attend, softcap in [
+            (flex.flex_attend, 5.0),
+            (flex.flex_attend, 30.0),
+            (compiled, 50.0),
+            (flex.flex_attend, 7.0),
+        ]:
             options = {"scaling": 0.3, "softcap": softcap}
-            got = flex.flex_attend(None, *inputs, **options, tree_block_masks=masks)
+            got = attend(None, *inputs, **options, tree_block_masks=masks)
             want = duplicated_rows_attention(tree, *inputs, **options)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

@@ -81,11 +81,11 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-@cache
 def _soft_capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
-    # A tensor: the second number that a closure has makes the compiler trace it as a symbol, which
-    # it then cannot lower.
-    cap = torch.tensor(softcap, device=device)
+    # A number in the closure is a constant of what is compiled. Outside of compiled layers all
+    # models share that, and a second number would become a symbol, which is not lowered.
+    compiling = torch.compiler.is_compiling()
+    cap = softcap if compiling else torch.full((), softcap, device=device)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return torch.tanh(score / cap) * cap
