@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _RestorePythonTLSSnapshot  # type: ignore[attr-defined]
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,7 +30,7 @@ def peak_of(call: Callable[[], Any], device: torch.device) -> int:
 
     On CUDA this is what the allocator handed out at its highest. On a CPU it is the sum of the
     tensors alive at once, a number that does not depend on the allocator, on other threads or on
-    what ran before; scratch memory inside a kernel is not in it.
+    what ran before; scratch memory inside PyTorch's own kernels is not in it.
     """
     gc.collect()
     peak: int
@@ -54,7 +56,9 @@ def _wait_for(device: torch.device) -> None:
 class TensorMemory(TorchDispatchMode):
     """Bytes of the tensors that operators return and that are alive: now, and at most.
 
-    Views and results written into given tensors take no memory of their own and count nothing.
+    Views and results written into given tensors take no memory of their own and count nothing. The
+    operators of this package are looked into: what their Python bodies make on the way counts too.
+    Scratch memory inside PyTorch's own kernels does not, shared or not.
 
     Examples:
         >>> x = torch.zeros(1024)
@@ -78,7 +82,13 @@ class TensorMemory(TorchDispatchMode):
         kwargs = kwargs or {}
         # What an operator is given and none has returned was there before: it counts nothing.
         self._note((args, kwargs), new=False)
-        output = func(*args, **kwargs)
+        body = _body_of(func)
+        if body is None:
+            output = func(*args, **kwargs)
+        else:
+            # Dispatch as the operator was entered, or torch.func fails; no autograd, as inside it.
+            with _RestorePythonTLSSnapshot(), torch.no_grad(), self:
+                output = body(*args, **kwargs)
         self._note(output, new=True)
         return output
 
@@ -101,3 +111,11 @@ class TensorMemory(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.now -= self._held.pop(key)
+
+
+def _body_of(func: Any) -> Callable[..., Any] | None:
+    """The Python function behind an operator of this package; None for any other operator."""
+    if getattr(func, "namespace", None) != "hf_prefix_patch":
+        return None
+    body: Callable[..., Any] = OPDEFS[func.name()]._init_fn
+    return body
