@@ -155,16 +155,17 @@ def tree_of(case: tuple[int, ...], device: str) -> tuple[Tensor, PrefixTree]:
 
 
 def random_inputs(tree: PrefixTree, args: argparse.Namespace) -> list[Tensor]:
+    """Queries, keys and values `[1, heads, N, size]`, laid out by tokens as projections are."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, n, tree.packed_tokens, args.size) for n in (args.heads, *[args.kv_heads] * 2)]
+    shapes = [(1, tree.packed_tokens, n, args.size) for n in (args.heads, *[args.kv_heads] * 2)]
     draws = [torch.randn(shape, generator=generator) for shape in shapes]
-    return [x.to(args.device, args.dtype).requires_grad_() for x in draws]
+    return [x.to(args.device, args.dtype).transpose(1, 2).requires_grad_() for x in draws]
 
 
 def rows_of(tree: PrefixTree, x: Tensor) -> Tensor:
-    """`[1, heads, N, size]` to `[R, heads, L, size]`, a leaf of its own."""
-    rows = tree.unpack(x.detach().transpose(1, 2)).transpose(1, 2)
-    return rows.contiguous().requires_grad_()
+    """`[1, heads, N, size]` to `[R, heads, L, size]`, a leaf of its own, laid out by tokens too."""
+    rows = tree.unpack(x.detach().transpose(1, 2))
+    return rows.contiguous().transpose(1, 2).requires_grad_()
 
 
 def unshared_calls(

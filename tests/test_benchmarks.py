@@ -5,6 +5,7 @@ import importlib
 import json
 import runpy
 import sys
+from argparse import Namespace
 from math import inf, isfinite
 from pathlib import Path
 from statistics import median
@@ -303,6 +304,22 @@ def test_memory(table):
 
 def test_versions_of_what_is_installed(module):
     assert module("report").versions("no-such-package", "torch") == f"torch {torch.__version__}"
+
+
+def test_inputs_of_attention_are_laid_out_by_tokens(module):
+    """On both sides, as models hand them on: flat rows and packed tokens are views."""
+    attention = module("attention")
+    args = Namespace(device="cpu", dtype=torch.float32, heads=3, kv_heads=1, size=8)
+    _, tree = attention.tree_of((40, 8, 2), "cpu")
+    packed = attention.random_inputs(tree, args)
+    assert [x.shape for x in packed] == [(1, 3, 56, 8), (1, 1, 56, 8), (1, 1, 56, 8)]
+    for x in packed:
+        rows = attention.rows_of(tree, x)
+        torch.testing.assert_close(rows.transpose(1, 2), tree.unpack(x.transpose(1, 2)))
+        for y in (x, rows):
+            assert y.is_leaf
+            assert y.requires_grad
+            assert y.transpose(1, 2).flatten(0, 1).data_ptr() == y.data_ptr()
 
 
 def test_attention(module, monkeypatch, tmp_path):
