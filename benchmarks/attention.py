@@ -4,32 +4,36 @@
 
 A case `PxRxG` is one prompt of P tokens with G responses of R, equally long rows without padding.
 The unshared call is the fastest there is for them: causal without a mask, keys of grouped queries
-not repeated, on CUDA the variable-length kernel as well. Forward and backward. The ideal is the
-ratio of visible (query, key) pairs; it ends below that of tokens, which the rest of a decoder sees.
+not repeated, on CUDA the variable-length kernel and installed flash implementations as well.
+Forward and backward. The ideal is the ratio of visible (query, key) pairs; it ends below that of
+tokens, which the rest of a decoder sees.
 
 A second table times the copies of keys and values alone, forward and backward: slices and `cat`,
-as the library does it, against `index_select`.
+as the library does it, against `index_select`. Both copy the same bytes, so the ideal is 1.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from charts import grouped_bars
 from decoder import row_pairs, tree_pairs
-from measure import fill_in, medians
-from report import machine, write_table
+from measure import Attempts, entry, fill_in, flash_implementations, flash_name, medians
+from report import machine, save_table, write_table
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from hf_prefix_patch import PrefixTree, versions
 from hf_prefix_patch.attention import BACKENDS
-from hf_prefix_patch.backends.base import Needs
+from hf_prefix_patch.backends.base import Backend, Needs
 from hf_prefix_patch.backends.varlen import gather_paths
 from hf_prefix_patch.kernel_check import kernel_fault
 from hf_prefix_patch.measuring import peak_of, seconds_of
@@ -68,7 +72,18 @@ HEADER = (
     "MiB",
     "error",
 )
-GATHER_HEADER = ("prompt", "response", "responses", "keys", "index_select ms", "slices ms", "ratio")
+GATHER_HEADER = (
+    "prompt",
+    "response",
+    "responses",
+    "keys",
+    "index_select ms",
+    "slices ms",
+    "ratio",
+    "ideal",
+    "index_select MiB",
+    "slices MiB",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,19 +91,30 @@ def main(argv: list[str] | None = None) -> None:
     fill_in(args, DEFAULTS[args.device])
     cases = [tuple(map(int, case.split("x"))) for case in args.cases]
 
-    calls, copies = [], []
-    for case in tqdm(cases, desc="cases"):
-        calls += attention_lines(case, args)
-        copies.append(gather_line(case, args))
     threads = f", {args.threads} threads" if args.device == "cpu" else ""
     setting = f"{machine(args.device)}{threads}, {args.heads} query and {args.kv_heads} key heads "
     setting += f"of {args.size}, {str(args.dtype).removeprefix('torch.')}, forward and backward, "
     setting += f"median of {args.repeats}"
     suffix = f"{args.device}, {args.threads} threads" if args.device == "cpu" else args.device
-    draw_calls = partial(draw, table=calls)
-    write_table(f"Attention alone on {suffix}", HEADER, calls, args.out, setting, draw_calls)
-    title = f"Gathering keys and values on {suffix}"
-    write_table(title, GATHER_HEADER, copies, args.out, setting)
+    titles = f"Attention alone on {suffix}", f"Gathering keys and values on {suffix}"
+    calls: list[tuple] = []
+    copies: list[tuple] = []
+    attempts = Attempts()
+    for case in tqdm(cases, desc="cases"):
+        part = "x".join(map(str, case))
+        lines = attempts(part, partial(attention_lines, case, args, attempts, part))
+        if lines is None:
+            lines = [(*case, "-", *[attempts.word(part)] * (len(HEADER) - 4))]
+        calls += lines
+        save_table(titles[0], HEADER, calls, args.out, setting + attempts.note())
+        part += " gathered"
+        copy = attempts(part, partial(gather_line, case, args))
+        copies.append(copy or (*case, *[attempts.word(part)] * (len(GATHER_HEADER) - 3)))
+        save_table(titles[1], GATHER_HEADER, copies, args.out, setting + attempts.note())
+    setting += attempts.note()
+    write_table(titles[0], HEADER, calls, args.out, setting, partial(draw, table=calls))
+    write_table(titles[1], GATHER_HEADER, copies, args.out, setting)
+    attempts.finish()
 
 
 def options() -> argparse.ArgumentParser:
@@ -107,12 +133,17 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def attention_lines(case: tuple[int, ...], args: argparse.Namespace) -> list[tuple]:
-    """A line of the table for each call: other unshared ones, and every backend that serves."""
+def attention_lines(
+    case: tuple[int, ...], args: argparse.Namespace, attempts: Attempts, part: str
+) -> list[tuple]:
+    """A line of the table for each call: other unshared ones, and every backend that serves.
+
+    A call that fails is a part of its own, and the others go on without it.
+    """
     rows, tree = tree_of(case, args.device)
     inputs = random_inputs(tree, args)
     on_rows = [rows_of(tree, x) for x in inputs]
-    calls = unshared_calls(on_rows, args) | shared_calls(tree, inputs, args)
+    calls = unshared_calls(on_rows, args) | shared_calls(tree, inputs, args, attempts, part)
     direction = torch.randn_like(inputs[0]).transpose(1, 2)
     steps = {}
     for name, call in calls.items():
@@ -122,27 +153,66 @@ def attention_lines(case: tuple[int, ...], args: argparse.Namespace) -> list[tup
             else (inputs, direction)
         )
         steps[name] = partial(step, call, *on)
-    times, peaks = measure(steps, args)
     plain = [name for name in calls if name.startswith("unshared")]
-    best = min(plain, key=times.__getitem__)
+    found = measure(calls, steps, args, attempts, part)
+    for name in found.outputs:
+        if name in plain:
+            found.outputs[name] = tree.pack(found.outputs[name])
+    best = min(plain, key=lambda name: found.seconds.get(name, inf))
     ideal = row_pairs(rows.shape[1:] * len(rows)) / tree_pairs(tree)
-    with torch.no_grad():
-        want = tree.pack(calls[best]())
-        errors = {
-            name: ((tree.pack(call()) if name in plain else call()) - want).abs().max()
-            for name, call in calls.items()
-        }
-    lines = []
-    for name in calls:
-        if name == best:
-            continue
-        bound = 1.0 if name in plain else ideal
-        gain = times[best] / times[name]
-        error = (errors[name] / want.abs().max()).item()
-        memory = [peaks[x] / 2**20 for x in (best, name)]
-        measured = (1e3 * times[best], 1e3 * times[name], 1 / gain, gain, bound, gain / bound)
-        lines.append((*case, name, *measured, *memory, error))
-    return lines
+    return [
+        (*case, name, *entries(name, best, 1.0 if name in plain else ideal, found))
+        for name in calls
+        if name != best
+    ]
+
+
+class Found(NamedTuple):
+    """Of the calls that ran seconds, peak bytes and outputs; of the others why they did not."""
+
+    seconds: dict[str, float]
+    peaks: dict[str, int]
+    outputs: dict[str, Tensor]
+    missing: dict[str, str]
+
+
+def measure(
+    calls: dict[str, Callable[[], Tensor]],
+    steps: dict[str, Callable[[], None]],
+    args: argparse.Namespace,
+    attempts: Attempts,
+    part: str,
+) -> Found:
+    found = Found({}, {}, {}, {})
+    for name, call in calls.items():
+        where = f"{part} {name}"
+        ran = attempts(where, partial(first_run, steps[name], call, args.device))
+        if ran is None:
+            found.missing[name] = attempts.word(where)
+        else:
+            found.peaks[name], found.outputs[name] = ran
+    found.seconds.update(time_steps({name: steps[name] for name in found.peaks}, args))
+    return found
+
+
+def entries(name: str, best: str, ideal: float, found: Found) -> tuple:
+    """A line of the table from its fifth column on."""
+    why = {x: found.missing.get(x, "") for x in (best, name)}
+    lost = why[best] or why[name]
+    gain = error = None
+    if not lost:
+        gain = found.seconds[best] / found.seconds[name]
+        want = found.outputs[best]
+        error = ((found.outputs[name] - want).abs().max() / want.abs().max()).item()
+    return (
+        *(entry(found.seconds.get(x), 1e3, why[x]) for x in (best, name)),
+        entry(gain and 1 / gain, missing=lost),
+        entry(gain, missing=lost),
+        ideal,
+        entry(gain, 1 / ideal, lost),
+        *(entry(found.peaks.get(x), 2**-20, why[x]) for x in (best, name)),
+        entry(error, missing=lost),
+    )
 
 
 def tree_of(case: tuple[int, ...], device: str) -> tuple[Tensor, PrefixTree]:
@@ -192,31 +262,73 @@ def unshared_calls(
             return output.unflatten(0, (count, length))
 
         calls["unshared varlen"] = varlen
+
+    def flash(implementation: str) -> Tensor:
+        return _flash_attention_forward(
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            attention_mask=None,
+            query_length=q.shape[2],
+            is_causal=True,
+            attn_implementation=implementation,
+        )
+
+    for name in flash_implementations(args.device):
+        if unserved(BACKENDS["flash"], needs_of(args, name)) is None:
+            calls[f"unshared {flash_name(name)}"] = partial(flash, name)
     return calls
 
 
 def shared_calls(
-    tree: PrefixTree, inputs: list[Tensor], args: argparse.Namespace
+    tree: PrefixTree,
+    inputs: list[Tensor],
+    args: argparse.Namespace,
+    attempts: Attempts,
+    part: str,
 ) -> dict[str, Callable[[], Tensor]]:
-    """The backends that serve, on the packed row, `[1, N, heads, size]`."""
-    needs = needs_of(args)
+    """The backends that serve, on the packed row, `[1, N, heads, size]`.
+
+    The backend "flash" is there once for each flash implementation that is installed.
+    """
+    sides = {name: (backend, "sdpa") for name, backend in BACKENDS.items()}
+    installed = flash_implementations(args.device)
+    if installed:
+        flash = sides.pop("flash")[0]
+        sides |= {flash_name(name): (flash, name) for name in installed}
     calls: dict[str, Callable[[], Tensor]] = {}
-    for name, backend in BACKENDS.items():
-        reason = unserved(backend, needs) or kernel_fault(backend, needs)
-        if reason is not None:
-            tqdm.write(f"backend {name} left out: {reason}")
-            continue
-        kwargs = tree.model_kwargs() | backend.plan(tree, needs)
-        options = {"scaling": args.size**-0.5, "dropout": 0.0}
-        calls[name] = partial(backend.attend, None, *inputs, **options, **kwargs)
+    for name, side in sides.items():
+        where = f"{part} {name}, plan"
+        call = attempts(where, partial(shared_call, *side, tree, inputs, args))
+        if callable(call):
+            calls[name] = call
+        else:
+            tqdm.write(f"backend {name} left out: {call or attempts.word(where)}")
     return calls
 
 
-def needs_of(args: argparse.Namespace) -> Needs:
+def shared_call(
+    backend: Backend,
+    implementation: str,
+    tree: PrefixTree,
+    inputs: list[Tensor],
+    args: argparse.Namespace,
+) -> Callable[[], Tensor] | str:
+    """The call, or why the backend does not serve."""
+    needs = needs_of(args, implementation)
+    reason = unserved(backend, needs) or kernel_fault(backend, needs)
+    if reason is not None:
+        return reason
+    config = SimpleNamespace(_attn_implementation=implementation)
+    module = SimpleNamespace(config=SimpleNamespace(prefix_sharing_original=config))
+    kwargs = tree.model_kwargs() | backend.plan(tree, needs)
+    options = {"scaling": args.size**-0.5, "dropout": 0.0}
+    return partial(backend.attend, module, *inputs, **options, **kwargs)
+
+
+def needs_of(args: argparse.Namespace, implementation: str = "sdpa") -> Needs:
     return Needs(
         device=torch.device(args.device),
         dtype=args.dtype,
-        implementation="sdpa",
+        implementation=implementation,
         head_dims=frozenset({args.size}),
         windows=frozenset({None}),
         features=frozenset(),
@@ -227,16 +339,21 @@ def step(call: Callable[[], Tensor], inputs: list[Tensor], direction: Tensor) ->
     torch.autograd.grad(call(), inputs, direction)
 
 
-def measure(
-    steps: dict[str, Callable[[], Any]], args: argparse.Namespace
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Median seconds, measured in turn, and peak bytes of each."""
+def first_run(
+    step: Callable[[], Any], call: Callable[[], Tensor], device: str
+) -> tuple[int, Tensor]:
+    """Peak bytes of a step after one to warm up, and what the call returns."""
+    step()
+    peak = peak_of(step, torch.device(device))
+    with torch.no_grad():
+        return peak, call()
+
+
+def time_steps(steps: dict[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of each, measured in turn."""
     device = torch.device(args.device)
-    for call in steps.values():
-        call()
-    peaks = {name: peak_of(call, device) for name, call in steps.items()}
     timers = {name: partial(seconds_of, call, device) for name, call in steps.items()}
-    return medians(timers, args.repeats), peaks
+    return medians(timers, args.repeats)
 
 
 def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
@@ -256,14 +373,18 @@ def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
     found = [torch.autograd.grad(way(), x, direction)[0] for way in ways.values()]
     torch.testing.assert_close(*found, atol=5e-2, rtol=5e-2)
     steps = {name: partial(step, way, [x], direction) for name, way in ways.items()}
-    times, _ = measure(steps, args)
-    times = {name: 1e3 * seconds for name, seconds in times.items()}
-    return (*case, count, *times.values(), times["index_select"] / times["slices"])
+    peaks = [peak_of(call, x.device) / 2**20 for call in steps.values()]
+    times = {name: 1e3 * seconds for name, seconds in time_steps(steps, args).items()}
+    ratio = times["index_select"] / times["slices"]
+    return (*case, count, *times.values(), ratio, 1.0, *peaks)
 
 
 def draw(figure: Any, table: list[tuple]) -> None:
-    """Bars of the speed-up for each case."""
+    """Bars of the speed-up for each case, where it was measured."""
     lines = [dict(zip(HEADER, row, strict=True)) for row in table]
+    lines = [line for line in lines if not isinstance(line["speed-up"], str)]
+    if not lines:
+        return
     names = list(dict.fromkeys(line["call"] for line in lines))
     groups: dict[str, dict[str, tuple[float, float]]] = {}
     for line in lines:

@@ -5,11 +5,14 @@ from math import nan
 from textwrap import fill
 from typing import Any
 
-Cells = Mapping[tuple[int, int], tuple[float | None, float]]
+Cells = Mapping[tuple[int, int], tuple[float | str, float]]
 
 
 def heat_maps(figure: Any, panels: Mapping[str, Cells], x_label: str, y_label: str) -> None:
-    """A map for each panel; a cell `(y, x)` shows the value measured and the ideal under it."""
+    """A map for each panel; a cell `(y, x)` shows the value measured and the ideal under it.
+
+    A word in place of a value says why there is none.
+    """
     ys, xs = (sorted({key[i] for cells in panels.values() for key in cells}) for i in (0, 1))
     width, height = 1.4 + 0.9 * len(xs) * len(panels), 1.4 + 0.6 * len(ys)
     figure.set_size_inches(max(4.5, width), max(3, height))
@@ -18,9 +21,10 @@ def heat_maps(figure: Any, panels: Mapping[str, Cells], x_label: str, y_label: s
         values = [[nan] * len(xs) for _ in ys]
         for (y, x), (value, ideal) in cells.items():
             i, j = ys.index(y), xs.index(x)
-            values[i][j] = nan if value is None else value
-            text = "OOM" if value is None else f"{value:.2f}"
-            colour = "white" if value is not None and value > 1.7 else "black"
+            measured = nan if isinstance(value, str) else value
+            values[i][j] = measured
+            text = value if isinstance(value, str) else f"{value:.2f}"
+            colour = "white" if measured > 1.7 else "black"
             label = f"{text}\n({ideal:.2f})"
             axes.text(j, i, label, ha="center", va="center", fontsize=8, color=colour)
         image = axes.imshow(values, cmap="YlGn", vmin=0.9, vmax=2.1, aspect="auto")

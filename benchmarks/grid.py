@@ -18,7 +18,9 @@ import torch
 from charts import heat_maps
 from decoder import build_decoder, row_pairs, step_flops, tree_pairs
 from measure import (
+    Attempts,
     Side,
+    entry,
     fits,
     parse,
     peak_memory,
@@ -27,7 +29,7 @@ from measure import (
     time_in_turn,
     unshared_sides,
 )
-from report import write_table
+from report import save_table, write_table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -60,8 +62,6 @@ HEADER = (
     "error",
     "flash-pref",
 )
-UNSHARED = ("unshared", "unshared flash")
-OUT_OF_MEMORY = "OOM"
 DEFAULTS = {
     "cpu": {
         "prompts": [128, 256, 512, 1024],
@@ -86,19 +86,25 @@ def main(argv: list[str] | None = None) -> None:
         args.shape, args.device, args.dtype, checkpointing=args.checkpointing, frozen=args.frozen
     )
     plain, shared = unshared_sides(args.device), shared_sides(model, args.backends)
-    warm_up(model, [*plain, *shared])
-    table = []
+    attempts = Attempts()
+    for side in (*plain, *shared):
+        attempts(f"{side.name}, warm-up", partial(warm_up, model, [side]))
+    table: list[tuple] = []
     names = [[side.name for side in sides] for sides in (plain, shared)]
     sizes = [(prompt, response) for prompt in args.prompts for response in args.responses]
-    for size in tqdm(sizes, desc="prompt x response"):
-        rows = random_pair(*size, model)
-        cell = measure(model, plain, shared, rows, args.repeats)
-        table += cell_lines(cell, size, *names, ideal_ratio(model, rows[0], args))
     title = f"One pair, {args.shape} decoder on {args.device}"
     title += ", weights frozen" if args.frozen else ""
     note = f"{setting(args)}, median of {args.repeats}; flash-pref: flash-pref 0.1.1 README, "
-    note += "Qwen2.5-7B, A800, checkpointing, one pair"
+    note += "Qwen2.5-7B, A800, checkpointing, one pair; unshared attention: "
+    note += ", ".join(side.attention for side in plain)
+    for size in tqdm(sizes, desc="prompt x response"):
+        cell = measure(model, plain, shared, size, args.repeats, attempts)
+        ideal = ideal_ratio(model, random_pair(*size, model)[0], args)
+        table += cell_lines(cell, size, *names, ideal)
+        save_table(title, HEADER, table, args.out, note + attempts.note())
+    note += attempts.note()
     write_table(title, HEADER, table, args.out, note, lambda figure: draw(figure, table))
+    attempts.finish()
 
 
 def options() -> argparse.ArgumentParser:
@@ -155,24 +161,32 @@ def probe(
 
 
 class Cell(NamedTuple):
-    """What the sides took at one prompt and response length; no entry where memory ran out."""
+    """What the sides took at one prompt and response length.
+
+    Where a side has no entry, `missing` says why.
+    """
 
     seconds: dict[str, float]
     peaks: dict[str, int]
     errors: dict[str, float]
+    missing: dict[str, str]
 
 
 def measure(
     model: PreTrainedModel,
     plain: list[Side],
     shared: list[Side],
-    rows: tuple[Tensor, Tensor],
+    size: tuple[int, int],
     repeats: int,
+    attempts: Attempts,
 ) -> Cell:
-    cell = Cell({}, {}, {})
+    rows, where = random_pair(*size, model), "at {} + {} tokens".format(*size)
+    cell = Cell({}, {}, {}, {})
     reference, steps = None, {}
     for side in (*plain, *shared):
-        hidden, peak = probe(model, side, *rows)
+        part = f"{side.name} {where}"
+        hidden, peak = attempts(part, partial(probe, model, side, *rows)) or (None, None)
+        cell.missing[side.name] = attempts.word(part)
         if hidden is not None and reference is None and side in plain:
             reference = hidden
         if hidden is not None and reference is not None:
@@ -181,7 +195,10 @@ def measure(
         if peak is not None:
             cell.peaks[side.name] = peak
             steps[side.name] = side, partial(step, model, *rows)
-    cell.seconds.update(fits(lambda: time_in_turn(model, steps, repeats)) or {})
+    part = f"timing {where}"
+    cell.seconds.update(attempts(part, lambda: time_in_turn(model, steps, repeats)) or {})
+    if not cell.seconds:
+        cell.missing.update(dict.fromkeys(steps, attempts.word(part)))
     return cell
 
 
@@ -190,27 +207,37 @@ def cell_lines(
 ) -> Iterator[tuple]:
     """A line of the table for each backend."""
     prompt, response = size
-    best = min(plain, key=lambda name: cell.seconds.get(name, inf))
+    best, flash = (fastest(cell, names) for names in (plain, plain[1:]))
     bound = 2 * (prompt + response) / (prompt + 2 * response)
     published = dict(zip(PUBLISHED_RESPONSES, PUBLISHED.get(prompt, ()), strict=False))
     for name in backends:
         gain = None
+        lost = cell.missing[name if best in cell.seconds else best]
         if best in cell.seconds and name in cell.seconds:
             gain = cell.seconds[best] / cell.seconds[name]
         yield (
             prompt,
             response,
             name,
-            *(entry(cell.seconds.get(x), 1e3) if x in plain else "-" for x in UNSHARED),
-            entry(cell.seconds.get(name), 1e3),
-            entry(gain),
+            *(milliseconds(cell, x) for x in (plain[0], flash, name)),
+            entry(gain, missing=lost),
             ideal,
             bound,
-            entry(gain, 1 / ideal),
-            *(entry(cell.peaks.get(x), 2**-30) for x in (best, name)),
-            entry(cell.errors.get(name)),
+            entry(gain, 1 / ideal, lost),
+            *(entry(cell.peaks.get(x), 2**-30, cell.missing[x]) for x in (best, name)),
+            entry(cell.errors.get(name), missing=lost),
             published.get(response, "-"),
         )
+
+
+def fastest(cell: Cell, names: list[str]) -> str | None:
+    """None if there are no names."""
+    return min(names, key=lambda name: cell.seconds.get(name, inf), default=None)
+
+
+def milliseconds(cell: Cell, name: str | None) -> float | str:
+    """A dash for a side that is not there at all."""
+    return "-" if name is None else entry(cell.seconds.get(name), 1e3, cell.missing[name])
 
 
 def ideal_ratio(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> float:
@@ -221,18 +248,13 @@ def ideal_ratio(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -
     return before / step_flops(model.config, tree.packed_tokens, tree_pairs(tree), **options)
 
 
-def entry(value: float | None, factor: float = 1.0) -> float | str:
-    return OUT_OF_MEMORY if value is None else value * factor
-
-
 def draw(figure: Any, table: list[tuple]) -> None:
     """A heat map for each backend."""
     maps: dict[str, dict] = {}
     for row in table:
         values = dict(zip(HEADER, row, strict=True))
-        gain = None if values["speed-up"] == OUT_OF_MEMORY else values["speed-up"]
         cells = maps.setdefault(values["backend"], {})
-        cells[values["prompt"], values["response"]] = gain, values["ideal"]
+        cells[values["prompt"], values["response"]] = values["speed-up"], values["ideal"]
     heat_maps(figure, maps, "response tokens", "prompt tokens")
 
 

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from grid import OUT_OF_MEMORY, entry
-from measure import fill_in, fits, medians
-from report import machine, write_table
+from measure import OUT_OF_MEMORY, entry, fill_in, fits, medians
+from report import machine, save_table, write_table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,16 +64,17 @@ def main(argv: list[str] | None = None) -> None:
     args = options().parse_args(argv)
     fill_in(args, DEFAULTS[args.device])
     sizes = [(h, c) for h in args.hidden for c in args.tokens]
-    table = []
+    where = f"{args.device}, {args.threads} threads" if args.device == "cpu" else args.device
+    setting = f"{machine(args.device)}, {str(args.dtype).removeprefix('torch.')}, vocabulary of "
+    setting += f"{args.vocab}, forward and backward, median of {args.repeats}"
+    title = f"Log-probs against full logits on {where}"
+    table: list[tuple] = []
     for hidden, tokens in tqdm(sizes, desc="hidden x tokens"):
         batch = random_batch(hidden, tokens, args)
         truth = run_in_fp64(batch)
         for trained in (False, True):
             table += lines(batch, truth, trained, args.repeats)
-    where = f"{args.device}, {args.threads} threads" if args.device == "cpu" else args.device
-    setting = f"{machine(args.device)}, {str(args.dtype).removeprefix('torch.')}, vocabulary of "
-    setting += f"{args.vocab}, forward and backward, median of {args.repeats}"
-    title = f"Log-probs against full logits on {where}"
+        save_table(title, HEADER, table, args.out, setting)
     write_table(title, HEADER, table, args.out, setting, lambda figure: draw(figure, table))
 
 

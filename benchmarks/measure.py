@@ -4,6 +4,8 @@ import argparse
 import ctypes
 import gc
 import statistics
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -14,12 +16,13 @@ from typing import Any
 import torch
 from decoder import SHAPES
 from report import machine
-from transformers import PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers import PreTrainedModel, utils
 
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.measuring import peak_of, seconds_of
 
+OUT_OF_MEMORY, FAILED = "OOM", "failed"
+_LONGEST_NOTE = 200  # characters of an error's first line
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 DEFAULTS = {
@@ -110,24 +113,44 @@ class Side:
 
 def unshared_sides(device: str) -> list[Side]:
     """The unpatched model, with each attention that trainers use where it is installed."""
-    sides = [Side("unshared")]
-    if device == "cuda" and is_flash_attn_2_available():
-        sides.append(Side("unshared flash", attention="flash_attention_2"))
-    return sides
+    flash = flash_implementations(device)
+    others = [Side(f"unshared {flash_name(name)}", attention=name) for name in flash]
+    return [Side("unshared"), *others]
+
+
+def flash_implementations(device: str) -> list[str]:
+    """Those that transformers knows and finds the packages of; none but on CUDA."""
+    if device != "cuda":
+        return []
+    available = {
+        f"flash_attention_{x}": getattr(utils, f"is_flash_attn_{x}_available", None)
+        for x in (2, 3, 4)
+    }
+    return [name for name, check in available.items() if check is not None and check()]
+
+
+def flash_name(implementation: str) -> str:
+    """`"flash 2"` of `"flash_attention_2"`: one name of the backend for each implementation."""
+    return implementation.replace("_attention_", " ")
 
 
 def shared_sides(model: PreTrainedModel, backends: list[str]) -> list[Side]:
     """Those of the backends that serve the model; a line for each that does not."""
-    sides = []
+    # The backend "flash" calls what transformers resolves for the model's own attention.
+    flash = flash_implementations(model.device.type)
+    asked = []
     for name in backends:
-        # The backend "flash" calls what transformers resolves for the model's own attention.
-        flash = name == "flash" and is_flash_attn_2_available()
-        side = Side(name, name, "flash_attention_2" if flash else "sdpa")
+        if name == "flash" and flash:
+            asked += [Side(flash_name(x), name, x) for x in flash]
+        else:
+            asked.append(Side(name, name))
+    sides = []
+    for side in asked:
         try:
             with side.on(model):
                 sides.append(side)
         except (NotImplementedError, ValueError, RuntimeError, ImportError) as error:
-            print(f"backend {name} left out: {error}")
+            print(f"backend {side.name} left out: {error}")
     return sides
 
 
@@ -137,9 +160,57 @@ def fits(call: Callable[[], Any]) -> Any:
         return call()
     except torch.OutOfMemoryError:
         pass  # the traceback holds tensors as long as the exception lives
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     return None
+
+
+def free_memory() -> None:
+    gc.collect()
+    with suppress(RuntimeError):  # of a device that an error has left unusable
+        torch.cuda.empty_cache()
+
+
+class Attempts:
+    """Parts of a long run, each of which may fail without the others.
+
+    Memory that runs out is a result. Any other error goes into the notes of the table and into the
+    exit status.
+
+    Attributes:
+        errors: first line of the error of each part that failed.
+    """
+
+    def __init__(self) -> None:
+        self.errors: dict[str, str] = {}
+
+    def __call__(self, part: str, call: Callable[[], Any]) -> Any:
+        """What `call` returns; None if memory ran out or it failed."""
+        try:
+            return fits(call)
+        except Exception as error:  # whatever a kernel or its compiler raises
+            line = f"{type(error).__name__}: {error}".split("\n")[0]
+            self.errors[part] = line[:_LONGEST_NOTE]
+            traceback.print_exc()
+        free_memory()
+        return None
+
+    def word(self, part: str) -> str:
+        """What stands in the table for a part that returned nothing."""
+        return FAILED if part in self.errors else OUT_OF_MEMORY
+
+    def note(self) -> str:
+        """The end of a table's setting."""
+        return "".join(f"; {part} failed: {error}" for part, error in self.errors.items())
+
+    def finish(self) -> None:
+        """Exit with status 1 if a part failed other than for want of memory."""
+        if self.errors:
+            sys.exit(f"failed: {', '.join(self.errors)}")
+
+
+def entry(value: float | None, factor: float = 1.0, missing: str = OUT_OF_MEMORY) -> float | str:
+    """A cell of a table: the value in other units, or why there is none."""
+    return missing if value is None else value * factor
 
 
 def time_in_turn(

@@ -11,14 +11,15 @@ that the caller gets back, keeps the ratio below that.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from typing import Any
 
 from charts import lines_to_limit
 from decoder import build_decoder
 from grid import random_pair, step, warm_up
-from measure import Side, fits, parse, peak_memory, setting
-from report import write_table
+from measure import Attempts, Side, entry, fits, parse, peak_memory, setting
+from report import save_table, write_table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -27,33 +28,46 @@ DEFAULTS = {
     "cuda": {"budget": 16.0, "response": 512},
 }
 IDEAL = 2.0
-HEADER = ("checkpointing", "unshared prompt", "shared prompt", "ratio", "ideal", "share of ideal")
+HEADER = (
+    "checkpointing",
+    "unshared prompt",
+    "shared prompt",
+    "ratio",
+    "ideal",
+    "share of ideal",
+    "unshared GiB",
+    "shared GiB",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(options(), argv, DEFAULTS)
     sides = [Side("unshared"), Side("shared", args.backend)]
-    table, lines = [], {}
+    title = f"Longest prompt in {args.budget:g} GiB, {args.shape} decoder on {args.device}"
+    title += ", weights frozen" if args.frozen else ""
+    note = f"{setting(args)}, one pair, responses of {args.response} tokens, prompts in steps of "
+    note += f"{args.grain}; budget and GiB are beyond the weights and their gradients"
+    table: list[tuple] = []
+    lines: dict[str, dict[int, float]] = {}
+    attempts = Attempts()
     for checkpointing in (False, True):
         model = build_decoder(
             args.shape, args.device, args.dtype, checkpointing=checkpointing, frozen=args.frozen
         )
-        warm_up(model, sides)
         word = "on" if checkpointing else "off"
-        prompts = []
+        found = []
         for side in sides:
-            with tqdm(desc=f"checkpointing {word}, {side.name}", unit=" steps") as progress:
-                measured = search(model, side, args, progress)
-            prompts.append(longest(measured, args.budget))
-            lines[f"{side.name}, checkpointing {word}"] = measured
-        ratio = prompts[1] / prompts[0]
-        table.append((word, *prompts, ratio, IDEAL, ratio / IDEAL))
+            name = f"{side.name}, checkpointing {word}"
+            measured = attempts(name, partial(search, model, side, args, name))
+            found.append(measured or attempts.word(name))
+            if measured:
+                lines[name] = measured
+        table.append(line(word, found, args.budget))
+        save_table(title, HEADER, table, args.out, note + attempts.note())
         del model
-    title = f"Longest prompt in {args.budget:g} GiB, {args.shape} decoder on {args.device}"
-    title += ", weights frozen" if args.frozen else ""
-    note = f"{setting(args)}, one pair, responses of {args.response} tokens, prompts in steps of "
-    note += f"{args.grain}; budget beyond the weights and their gradients"
+    note += attempts.note()
     write_table(title, HEADER, table, args.out, note, lambda figure: draw(figure, lines, args))
+    attempts.finish()
 
 
 def options() -> argparse.ArgumentParser:
@@ -67,10 +81,22 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+def line(word: str, found: list[dict[int, float] | str], budget: float) -> tuple:
+    """A line of the table: the longest prompts of both sides, or why there is none."""
+    missing = next((x for x in found if isinstance(x, str)), "")
+    prompts = [x if isinstance(x, str) else longest(x, budget) for x in found]
+    peaks = [x if isinstance(x, str) else x[longest(x, budget)] for x in found]
+    ratio = None if missing else prompts[1] / prompts[0]
+    shares = entry(ratio, missing=missing), IDEAL, entry(ratio, 1 / IDEAL, missing)
+    return (word, *prompts, *shares, *peaks)
+
+
 def search(
-    model: PreTrainedModel, side: Side, args: argparse.Namespace, progress: tqdm
+    model: PreTrainedModel, side: Side, args: argparse.Namespace, name: str
 ) -> dict[int, float]:
     """GiB at each prompt length that was tried on the way to the longest that fits."""
+    warm_up(model, [side])
+    progress = tqdm(desc=name, unit=" steps")
 
     def peak(prompt: int) -> float:
         rows = random_pair(prompt, args.response, model)
@@ -79,7 +105,8 @@ def search(
         progress.update()
         return inf if size is None else size / 2**30
 
-    return bracket(peak, args.budget, args.grain, args.limit)
+    with progress:
+        return bracket(peak, args.budget, args.grain, args.limit)
 
 
 def bracket(

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from charts import grouped_bars
 from decoder import build_decoder, row_pairs, step_flops, tree_pairs
-from measure import Side, parse, peak_memory, setting, time_in_turn
+from measure import Attempts, Side, parse, peak_memory, setting, time_in_turn
 from pairs import (
     MODES,
     Batch,
@@ -37,7 +37,7 @@ from pairs import (
     renumber,
     synthetic_pairs,
 )
-from report import write_table
+from report import save_table, write_table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
@@ -62,7 +62,7 @@ RATIOS = {
     "all": ("padded", "across"),
 }
 DEFAULTS = {
-    "cpu": {"pairs": 2, "batches": 2, "repeats": 1, "checkpointing": False},
+    "cpu": {"pairs": 2, "batches": 2, "repeats": 3, "checkpointing": False},
     "cuda": {"pairs": 4, "batches": 8, "repeats": 3, "checkpointing": True},
 }
 
@@ -88,13 +88,6 @@ def main(argv: list[str] | None = None) -> None:
         frozen=args.frozen,
         **changes,
     )
-    table = []
-    for name, pairs in named_sets(args, model.config.vocab_size):
-        batches = [
-            collate(pairs[i : i + args.pairs], args.max_length, args.device)
-            for i in range(0, len(pairs), args.pairs)
-        ]
-        table.append(line(name, pairs, measure(model, batches, args, name)))
     ratios = [column for name in RATIOS for column in (name, f"{name}: ideal")]
     header = ("set", "prompt", "completion", *(f"{mode} s" for mode in MODES), *ratios)
     header += ("paper: sharing", *(f"{mode} GiB" for mode in MODES), "loss difference")
@@ -102,8 +95,16 @@ def main(argv: list[str] | None = None) -> None:
     title += f"{args.shape} decoder on {args.device}{', in file order' if args.keep_order else ''}"
     note = f"{setting(args)}, {args.pairs} pairs a batch, {args.batches} batches, "
     note += f"at most {args.max_length} tokens a row, vocabulary {model.config.vocab_size}"
+    note += f", median of {args.repeats} for each batch"
     note += "" if args.data else f", lengths log-normal with sigma {args.sigma}"
+    table, attempts = [], Attempts()
+    for name, pairs in named_sets(args, model.config.vocab_size):
+        totals = attempts(name, partial(measure_set, model, pairs, args, name))
+        table.append(line(name, pairs, totals, attempts.word(name)))
+        save_table(title, header, table, args.out, note + attempts.note())
+    note += attempts.note()
     write_table(title, header, table, args.out, note, lambda figure: draw(figure, table))
+    attempts.finish()
 
 
 def options() -> argparse.ArgumentParser:
@@ -135,6 +136,16 @@ def named_sets(args: argparse.Namespace, vocab: int) -> Iterator[tuple[str, list
     for path in args.data:
         pairs = read_pairs(path, tokenizer, count, args.max_length, not args.keep_order)
         yield path.stem, renumber(pairs, vocab)
+
+
+def measure_set(
+    model: PreTrainedModel, pairs: list[Pair], args: argparse.Namespace, name: str
+) -> Totals:
+    batches = [
+        collate(pairs[i : i + args.pairs], args.max_length, args.device)
+        for i in range(0, len(pairs), args.pairs)
+    ]
+    return measure(model, batches, args, name)
 
 
 def measure(
@@ -210,23 +221,29 @@ def mode_flops(config: PretrainedConfig, batch: Batch, mode: str, **options: boo
     return step_flops(config, tokens, pairs, head_tokens=head_tokens, **options)
 
 
-def line(name: str, pairs: list[Pair], totals: Totals) -> tuple:
-    """A line of the table."""
+def line(name: str, pairs: list[Pair], totals: Totals | None, missing: str) -> tuple:
+    """A line of the table; without totals, the word that says why there are none."""
     prompt = median(len(pair.prompt) for pair in pairs)
     completion = median(len(x) for pair in pairs for x in (pair.chosen, pair.rejected))
+    published = PAPER[name][2] if name in PAPER else "-"
+    if totals is None:
+        words = [missing] * (len(MODES) + 2 * len(RATIOS))
+        return (name, prompt, completion, *words, published, *[missing] * (len(MODES) + 1))
     ratios = [
         part[over] / part[under]
         for over, under in RATIOS.values()
         for part in (totals.seconds, totals.flops)
     ]
-    published = PAPER[name][2] if name in PAPER else "-"
     peaks = [peak / 2**30 for peak in totals.peaks.values()]
     seconds = totals.seconds.values()
     return (name, prompt, completion, *seconds, *ratios, published, *peaks, totals.loss_error)
 
 
 def draw(figure: Any, table: list[tuple]) -> None:
-    """Bars of the ratios for every set."""
+    """Bars of the ratios for every set that has them."""
+    table = [row for row in table if not isinstance(row[3], str)]
+    if not table:
+        return
     first = 3 + len(MODES)
     bars = {
         name: [(row[first + 2 * i], row[first + 2 * i + 1]) for row in table]

@@ -45,25 +45,37 @@ def write_table(
     setting: str,
     draw: Callable[[Any], None] | None = None,
 ) -> None:
-    """Print the table; with `out`, also write `<title>.csv` and `<title>.md` there.
+    """Print the table and save it; with `out` and `draw`, which fills a figure, its chart too."""
+    print(save_table(title, header, rows, out, setting))
+    if out is not None and draw is not None:
+        save_chart(draw, out / f"{stem_of(title)}.png")
 
-    With `draw`, which fills a matplotlib figure, `<title>.png` too.
+
+def save_table(
+    title: str, header: tuple[str, ...], rows: list[tuple], out: Path | None, setting: str
+) -> str:
+    """Its text; with `out`, also write `<title>.csv` and `<title>.md` there.
+
+    A long run calls it after every line, so that what stops the run loses none of them.
     """
     cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     lines = [f"| {' | '.join(line)} |" for line in (header, ["--:"] * len(header), *cells)]
     used = versions("torch", "transformers", "trl", "peft", "flash-attn")
     note = f"{setting}; {used}; {datetime.now(UTC):%Y-%m-%d}"
     text = "\n".join([f"# {title}", "", note, "", *lines, ""])
-    print(text)
     if out is None:
-        return
+        return text
     out.mkdir(parents=True, exist_ok=True)
-    stem = "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
+    stem = stem_of(title)
     (out / f"{stem}.md").write_text(text)
     with (out / f"{stem}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    if draw is not None:
-        save_chart(draw, out / f"{stem}.png")
+    return text
+
+
+def stem_of(title: str) -> str:
+    """Of the names of its files."""
+    return "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
 
 
 def save_chart(draw: Callable[[Any], None], path: Path) -> None:

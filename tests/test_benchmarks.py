@@ -1,14 +1,17 @@
 """The benchmarks count right, run from end to end, and write what they say."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import runpy
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from math import inf, isfinite
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from tiny_trl import build_trainer, load, preference_pairs, save_tiny_model, tin
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_prefix_patch import PrefixTree
+from hf_prefix_patch.backends import varlen
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--shape", "tiny", "--threads", "1"]
@@ -247,6 +251,80 @@ def test_grid_reports_what_runs_out_of_memory(module, monkeypatch, tmp_path):
     assert_positive(fails, "shared ms", "shared GiB", "ideal")
 
 
+def test_grid_goes_on_after_an_error(module, monkeypatch, tmp_path):
+    """A cell that fails says so in the table, which is there before the next cell, and at exit."""
+    grid = module("grid")
+    step, lines = grid.step, []
+
+    def failing_step(model, ids, direction):
+        lines.append(sum(len(x.read_text().splitlines()) for x in tmp_path.glob("*.csv")))
+        if ids.shape[1] == 80 and model._forward_pre_hooks:
+            raise ValueError("out of registers\nand more")
+        step(model, ids, direction)
+
+    monkeypatch.setattr(grid, "step", failing_step)
+    sizes = ["--prompts", "64", "96", "--responses", "16", "--repeats", "1"]
+    with pytest.raises(SystemExit, match=r"failed: sdpa at 64 \+ 16 tokens"):
+        grid.main([*TINY, *sizes, "--out", str(tmp_path)])
+    assert {0, 2} <= set(lines)  # no table at first; then its header and the first cell
+    (path,) = tmp_path.glob("*.csv")
+    with path.open(newline="") as file:
+        fails, works = csv.DictReader(file)
+    assert [fails[x] for x in ("shared ms", "shared GiB", "speed-up")] == ["failed"] * 3
+    assert_positive(fails, "unshared ms", "unshared GiB", "ideal")
+    assert_positive(works, "unshared ms", "shared ms", "speed-up", "error")
+    text = path.with_suffix(".md").read_text()
+    assert "; sdpa at 64 + 16 tokens failed: ValueError: out of registers;" in text
+    assert path.with_suffix(".png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("error", "word"), [(ValueError("bad kernel"), "failed"), (torch.OutOfMemoryError(), "OOM")]
+)
+def test_attempts(module, capsys, error, word):
+    """Memory that runs out is no failure; another error sets the exit status."""
+    attempts = module("measure").Attempts()
+
+    def fail():
+        raise error
+
+    assert attempts("one", lambda: 5) == 5
+    assert attempts("other", fail) is None
+    assert attempts.word("other") == word
+    if word == "OOM":
+        assert attempts.note() == ""
+        attempts.finish()
+    else:
+        assert attempts.note() == "; other failed: ValueError: bad kernel"
+        assert "bad kernel" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="failed: other"):
+            attempts.finish()
+
+
+def test_sets_go_on_after_an_error(module, monkeypatch, tmp_path):
+    sets = module("preference_sets")
+    measure = sets.measure
+
+    def failing(model, batches, args, name):
+        if name == "HH-RLHF":
+            raise ValueError("bad kernel")
+        return measure(model, batches, args, name)
+
+    monkeypatch.setattr(sets, "measure", failing)
+    given = ["--sets", "HH-RLHF", "TLDR", "--batches", "1", "--repeats", "2"]
+    with pytest.raises(SystemExit, match="failed: HH-RLHF"):
+        sets.main([*TINY, *given, "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*.csv")
+    with path.open(newline="") as file:
+        fails, works = csv.DictReader(file)
+    assert [fails[x] for x in ("padded s", "all: ideal", "across GiB")] == ["failed"] * 3
+    assert_positive(fails, "prompt", "completion", "paper: sharing")
+    assert_positive(works, "padded s", "all: ideal", "across GiB")
+    text = path.with_suffix(".md").read_text()
+    assert "median of 2 for each batch" in text
+    assert "HH-RLHF failed: ValueError: bad kernel" in text
+
+
 def test_synthetic_sets(table):
     rows = table("preference_sets.py", "--sets", "HH-RLHF", "TLDR", "--batches", "1")
     assert [row["set"] for row in rows] == ["HH-RLHF", "TLDR"]
@@ -299,7 +377,29 @@ def test_memory(table):
     assert [row["checkpointing"] for row in rows] == ["off", "on"]
     for row in rows:
         assert 1 < float(row["ratio"]) <= float(row["ideal"]) == 2
+        assert 0 < float(row["unshared GiB"]) <= 0.004
+        assert 0 < float(row["shared GiB"]) <= 0.004
     assert int(rows[1]["unshared prompt"]) > int(rows[0]["unshared prompt"])
+
+
+def test_memory_goes_on_after_an_error(module, monkeypatch, tmp_path):
+    memory = module("memory")
+    search = memory.search
+
+    def failing(model, side, args, name):
+        if name == "shared, checkpointing off":
+            raise ValueError("bad kernel")
+        return search(model, side, args, name)
+
+    monkeypatch.setattr(memory, "search", failing)
+    small = ["--budget", "0.004", "--response", "16", "--grain", "8", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="failed: shared, checkpointing off"):
+        memory.main([*TINY, *small])
+    with next(tmp_path.glob("*.csv")).open(newline="") as file:
+        fails, works = csv.DictReader(file)
+    assert [fails[x] for x in ("shared prompt", "ratio", "shared GiB")] == ["failed"] * 3
+    assert_positive(fails, "unshared prompt", "unshared GiB")
+    assert_positive(works, "ratio", "shared GiB")
 
 
 def test_versions_of_what_is_installed(module):
@@ -344,4 +444,89 @@ def test_attention(module, monkeypatch, tmp_path):
         assert float(row["error"]) < 1e-5
         assert float(row["speed-up"]) == pytest.approx(1 / float(row["time ratio"]))
     assert [int(row["keys"]) for row in copies] == [96, 27]
-    assert all(float(row["ratio"]) > 0 for row in copies)
+    for row in copies:
+        assert_positive(row, "ratio", "index_select MiB", "slices MiB")
+        assert float(row["ideal"]) == 1
+
+
+def test_attention_goes_on_after_an_error(module, monkeypatch, tmp_path):
+    """A call that fails, and a case that has no memory for its inputs."""
+    attention = module("attention")
+    first_run, rows_of = attention.first_run, attention.rows_of
+
+    def failing(step, call, device):
+        if getattr(call, "func", None) is attention.BACKENDS["sdpa"].attend:
+            raise ValueError("bad kernel")
+        return first_run(step, call, device)
+
+    def in_small_memory(tree, x):
+        if tree.packed_tokens == 17:
+            raise torch.OutOfMemoryError
+        return rows_of(tree, x)
+
+    monkeypatch.setattr(attention, "first_run", failing)
+    monkeypatch.setattr(attention, "rows_of", in_small_memory)
+    sizes = ["--heads", "3", "--kv-heads", "1", "--size", "8", "--repeats", "1", "--threads", "1"]
+    given = ["--device", "cpu", *sizes, "--cases", "5x4x3", "40x8x2", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="failed: 40x8x2 sdpa"):
+        attention.main(given)
+    calls, copies = sorted(tmp_path.glob("*.csv"))
+    with calls.open(newline="") as file:
+        small, fails = csv.DictReader(file)
+    assert [small[x] for x in ("call", "unshared ms", "error")] == ["-", "OOM", "OOM"]
+    assert [fails[x] for x in ("call", "ms", "speed-up", "MiB")] == ["sdpa", *["failed"] * 3]
+    assert_positive(fails, "unshared ms", "unshared MiB", "ideal")
+    note = calls.with_suffix(".md").read_text()
+    assert "; 40x8x2 sdpa failed: ValueError: bad kernel" in note
+    assert len(copies.read_text().splitlines()) == 3
+
+
+def test_flash_implementations(module, monkeypatch):
+    """Each that is installed has a side of its own, unshared and shared, and a name."""
+    measure = module("measure")
+    for x, found in ((2, True), (3, False), (4, True)):
+        monkeypatch.setattr(
+            measure.utils, f"is_flash_attn_{x}_available", lambda found=found: found, raising=False
+        )
+    assert measure.flash_implementations("cpu") == []
+    sides = measure.unshared_sides("cuda")
+    assert [side.name for side in sides] == ["unshared", "unshared flash 2", "unshared flash 4"]
+    assert [side.attention for side in sides][1:] == ["flash_attention_2", "flash_attention_4"]
+    monkeypatch.setattr(measure.Side, "on", lambda side, model: nullcontext())
+    model = SimpleNamespace(device=torch.device("cuda"))
+    shared = measure.shared_sides(model, ["flash", "sdpa"])
+    assert [(side.name, side.backend, side.attention) for side in shared] == [
+        ("flash 2", "flash", "flash_attention_2"),
+        ("flash 4", "flash", "flash_attention_4"),
+        ("sdpa", "sdpa", "sdpa"),
+    ]
+
+
+def test_flash_in_the_attention_benchmark(module, monkeypatch):
+    """The functions of each implementation get the rows, and packed tokens with its name."""
+    attention = module("attention")
+    seen = []
+
+    def forward(q, k, v, *, attn_implementation, **options):
+        seen.append((attn_implementation, tuple(q.shape), options["is_causal"]))
+        return q
+
+    flash = attention.BACKENDS["flash"]
+    monkeypatch.setattr(attention, "flash_implementations", lambda device: ["flash_attention_3"])
+    monkeypatch.setattr(attention, "_flash_attention_forward", forward)
+    monkeypatch.setattr(varlen.hf_flash, "_flash_attention_forward", forward)
+    served = dataclasses.replace(flash, unserved=lambda needs: None)
+    monkeypatch.setitem(attention.BACKENDS, "flash", served)
+    args = Namespace(device="cpu", dtype=torch.bfloat16, heads=3, kv_heads=1, size=8)
+    _, tree = attention.tree_of((40, 8, 2), "cpu")
+    inputs = attention.random_inputs(tree, args)
+    calls = attention.unshared_calls([attention.rows_of(tree, x) for x in inputs], args)
+    attempts = module("measure").Attempts()
+    calls |= attention.shared_calls(tree, inputs, args, attempts, "a case")
+    for name in ("unshared flash 3", "flash 3"):
+        calls[name]()
+    assert seen == [
+        ("flash_attention_3", (2, 48, 3, 8), True),
+        ("flash_attention_3", (1, 56, 3, 8), True),
+    ]
+    assert not attempts.errors
