@@ -43,6 +43,7 @@ class PrefixSharing:
         self._found = [x.found for x in shared]
         self._patches = [patch for patch in map(patch_of, self.backbones) if patch is not None]
         self._trainer_patch: TrainerPatch | None = None
+        self._sampler: PrefixSharingBatchSampler | None = None
 
     @property
     def backbones(self) -> list[PreTrainedModel]:
@@ -69,9 +70,9 @@ class PrefixSharing:
 
     @property
     def sampler(self) -> PrefixSharingBatchSampler | None:
-        """What makes the trainer's batches, with `max_tokens_per_batch`."""
-        budget = None if self._trainer_patch is None else self._trainer_patch.budget
-        return None if budget is None else budget.sampler
+        """What makes the trainer's batches, with `max_tokens_per_batch`; like `stats`, it can be
+        read when sharing is over."""
+        return self._sampler
 
     def _selection(self) -> Selection:
         patch = self._patches[0]
@@ -222,7 +223,7 @@ def enable_prefix_sharing(
                     )
         handle = PrefixSharing(shared)
         if trainer is not None:
-            handle._trainer_patch = TrainerPatch(
+            handle._trainer_patch = on_trainer = TrainerPatch(
                 trainer,
                 handle,
                 on_bypass,
@@ -231,6 +232,8 @@ def enable_prefix_sharing(
                 sampler_options or {},
                 keep_groups,
             )
+            if on_trainer.budget is not None:
+                handle._sampler = on_trainer.budget.sampler
         undo.pop_all()
     return handle
 
