@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from math import inf
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from hf_prefix_patch import PrefixTree, versions
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Backend, Needs
 from hf_prefix_patch.backends.varlen import gather_paths
-from hf_prefix_patch.kernel_check import kernel_fault
+from hf_prefix_patch.kernel_check import AttentionStandIn, kernel_fault
 from hf_prefix_patch.measuring import peak_of, seconds_of
 from hf_prefix_patch.selection import unserved
 
@@ -317,11 +316,9 @@ def shared_call(
     reason = unserved(backend, needs) or kernel_fault(backend, needs)
     if reason is not None:
         return reason
-    config = SimpleNamespace(_attn_implementation=implementation)
-    module = SimpleNamespace(config=SimpleNamespace(prefix_sharing_original=config))
     kwargs = tree.model_kwargs() | backend.plan(tree, needs)
     options = {"scaling": args.size**-0.5, "dropout": 0.0}
-    return partial(backend.attend, module, *inputs, **options, **kwargs)
+    return partial(backend.attend, AttentionStandIn(needs), *inputs, **options, **kwargs)
 
 
 def needs_of(args: argparse.Namespace, implementation: str = "sdpa") -> Needs:

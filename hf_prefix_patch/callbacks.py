@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import TrainerCallback
 
-from hf_prefix_patch.hooks import OnBypass, patch_of
-from hf_prefix_patch.wrappers import backbone_of, unwrap
+from hf_prefix_patch.hooks import OnBypass, is_shared
+from hf_prefix_patch.notices import warn_caller
 
 if TYPE_CHECKING:
     from hf_prefix_patch.sampler import PrefixSharingBatchSampler
@@ -43,8 +42,9 @@ class CheckPolicy(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        if _is_shared(model):
-            return
+        with suppress(TypeError):  # no model of transformers
+            if is_shared(model):
+                return
         message = (
             f"the {type(model).__name__} that this trainer trains is not shared: sharing was "
             "removed from it, or it took the place of the model that was enabled, as what "
@@ -56,11 +56,4 @@ class CheckPolicy(TrainerCallback):
         if self._on_bypass == "raise":
             raise RuntimeError(message)
         if self._on_bypass == "warn":
-            warnings.warn(f"prefix sharing: {message}", stacklevel=2)
-
-
-def _is_shared(model: nn.Module) -> bool:
-    try:
-        return patch_of(backbone_of(unwrap(model, check=False))) is not None
-    except TypeError:  # no model of transformers
-        return False
+            warn_caller(f"prefix sharing: {message}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import EMPTY_MASK
@@ -38,6 +39,7 @@ from hf_prefix_patch.selection import (
 )
 from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.tree import PrefixTree
+from hf_prefix_patch.wrappers import backbone_of, unwrap
 
 OnBypass = Literal["warn", "ignore", "raise"]
 
@@ -168,6 +170,15 @@ class BackbonePatch:
 def patch_of(backbone: PreTrainedModel) -> BackbonePatch | None:
     """The patch that a decoder stack carries, if any."""
     return backbone.__dict__.get(_STATE)
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether the decoder stack in a model, in its wrappers, carries a patch.
+
+    Raises:
+        TypeError: the model holds no `PreTrainedModel`.
+    """
+    return patch_of(backbone_of(unwrap(model, check=False))) is not None
 
 
 @untraced

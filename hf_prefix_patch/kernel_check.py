@@ -76,7 +76,7 @@ def _errors(backend: Backend, needs: Needs) -> dict[str, float]:
                 "softcap": 5.0 if "softcap" in needs.features else None,
                 "s_aux": inputs[3] if "sinks" in needs.features else None,
             }
-            module = _Module(needs)
+            module = AttentionStandIn(needs)
             got = backend.attend(module, *inputs[:3], dropout=0.0, **options, **kwargs)
             exact = [x.detach().float().requires_grad_() for x in inputs]
             if options["s_aux"] is not None:
@@ -115,7 +115,7 @@ def _inputs(tree: PrefixTree, size: int, needs: Needs) -> tuple[list[Tensor], Te
     return [x.to(needs.device, needs.dtype).requires_grad_() for x in drawn], direction
 
 
-class _Module(nn.Module):
+class AttentionStandIn(nn.Module):
     """Stands for an attention module where a backend asks for its config."""
 
     def __init__(self, needs: Needs) -> None:

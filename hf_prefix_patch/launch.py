@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
+from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.patch import check_options, disable_prefix_sharing, enable_prefix_sharing
 from hf_prefix_patch.support import REFUSED
 from hf_prefix_patch.switch import LaunchOptions
@@ -179,7 +180,7 @@ def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) 
     if absent is None and _sharded(backbone):
         absent = "its weights are sharded, and it is called by what gathers them"
     if absent is not None:
-        warnings.warn(_unverified(name, absent), stacklevel=2)
+        warn_caller(_unverified(name, absent))
         return
     cache_by_default = patch.cache_by_default  # the head is not seen from here
     try:
@@ -188,7 +189,7 @@ def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) 
     except _REFUSALS as refusal:
         patch.stats.bypassed[str(refusal)] += 1
         disable_prefix_sharing(backbone)
-        warnings.warn(f"{name} runs without prefix sharing: {refusal}", stacklevel=2)
+        warn_caller(f"{name} runs without prefix sharing: {refusal}")
 
 
 def _forget_verification(backbone: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from hf_prefix_patch.features import (
     sliding_window,
 )
 from hf_prefix_patch.kernel_check import kernel_fault
+from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.wrappers import device_of
 
 # What configs call the dropout of attention weights, for layers that ask them at each call.
@@ -63,7 +63,7 @@ def select(name: str, needs: Needs, model: str) -> Selection:
                     f"prefix sharing does not use its backend {backend.name!r}: {reason}; the next "
                     "one that serves is taken, and backend=... picks one by name"
                 )
-                warnings.warn(message, stacklevel=2)
+                warn_caller(message)
         passed_over[backend.name] = reason
     if name != "auto":
         can = [

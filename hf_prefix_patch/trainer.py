@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
 from hf_prefix_patch.groups import GroupedMicroBatches, grouping_advice
-from hf_prefix_patch.hooks import OnBypass, patch_of
+from hf_prefix_patch.hooks import OnBypass, is_shared
 from hf_prefix_patch.support import REFUSED
 from hf_prefix_patch.versions import check_loaded
 from hf_prefix_patch.wrappers import backbone_of, unwrap
@@ -134,7 +134,7 @@ def _reference_is_patched(trainer: Any) -> bool:
     """Whether the model that computes the reference log-probs was enabled before the trainer."""
     reference = getattr(trainer, "ref_model", None)
     reference = trainer.model if reference is None else reference
-    return patch_of(backbone_of(unwrap(reference, check=False))) is not None
+    return is_shared(reference)
 
 
 class TrainerPatch:

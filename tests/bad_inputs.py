@@ -24,6 +24,7 @@ from typing import Any
 from bad_input_names import NAMES
 
 import hf_prefix_patch
+from hf_prefix_patch.notices import warn_caller
 
 PACKAGE = Path(hf_prefix_patch.__file__).parent
 FOLDER = Path(__file__).parent / "bad_input_cases"
@@ -131,6 +132,8 @@ def _noted_warnings(outcome: Outcome) -> Iterator[None]:
             original(message, category, *args, **kwargs)
         elif outcome.kind is None:
             _note_line(outcome, caller.f_code.co_filename, caller.f_lineno)
+            if caller.f_code is warn_caller.__code__ and caller.f_back is not None:
+                _note_line(outcome, caller.f_back.f_code.co_filename, caller.f_back.f_lineno)
             outcome.kind, outcome.message = category or UserWarning, str(message)
 
     warnings.warn = warn  # type: ignore[assignment]

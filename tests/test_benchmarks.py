@@ -53,6 +53,15 @@ def table(monkeypatch, tmp_path):
     return run
 
 
+def failing_run(main, arguments, out, failed):
+    """The rows and the text of the table that a run leaves of which a part fails."""
+    with pytest.raises(SystemExit, match=f"failed: {failed}"):
+        main([*TINY, *arguments, "--out", str(out)])
+    (path,) = out.glob("*.csv")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file)), path.with_suffix(".md").read_text()
+
+
 def assert_positive(row, *names):
     for name in names:
         assert isfinite(float(row[name])), name
@@ -264,18 +273,14 @@ def test_grid_goes_on_after_an_error(module, monkeypatch, tmp_path):
 
     monkeypatch.setattr(grid, "step", failing_step)
     sizes = ["--prompts", "64", "96", "--responses", "16", "--repeats", "1"]
-    with pytest.raises(SystemExit, match=r"failed: sdpa at 64 \+ 16 tokens"):
-        grid.main([*TINY, *sizes, "--out", str(tmp_path)])
+    (fails, works), text = failing_run(grid.main, sizes, tmp_path, r"sdpa at 64 \+ 16 tokens")
     assert {0, 2} <= set(lines)  # no table at first; then its header and the first cell
-    (path,) = tmp_path.glob("*.csv")
-    with path.open(newline="") as file:
-        fails, works = csv.DictReader(file)
     assert [fails[x] for x in ("shared ms", "shared GiB", "speed-up")] == ["failed"] * 3
     assert_positive(fails, "unshared ms", "unshared GiB", "ideal")
     assert_positive(works, "unshared ms", "shared ms", "speed-up", "error")
-    text = path.with_suffix(".md").read_text()
     assert "; sdpa at 64 + 16 tokens failed: ValueError: out of registers;" in text
-    assert path.with_suffix(".png").stat().st_size > 5_000
+    (chart,) = tmp_path.glob("*.png")
+    assert chart.stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(
@@ -312,15 +317,10 @@ def test_sets_go_on_after_an_error(module, monkeypatch, tmp_path):
 
     monkeypatch.setattr(sets, "measure", failing)
     given = ["--sets", "HH-RLHF", "TLDR", "--batches", "1", "--repeats", "2"]
-    with pytest.raises(SystemExit, match="failed: HH-RLHF"):
-        sets.main([*TINY, *given, "--out", str(tmp_path)])
-    (path,) = tmp_path.glob("*.csv")
-    with path.open(newline="") as file:
-        fails, works = csv.DictReader(file)
+    (fails, works), text = failing_run(sets.main, given, tmp_path, "HH-RLHF")
     assert [fails[x] for x in ("padded s", "all: ideal", "across GiB")] == ["failed"] * 3
     assert_positive(fails, "prompt", "completion", "paper: sharing")
     assert_positive(works, "padded s", "all: ideal", "across GiB")
-    text = path.with_suffix(".md").read_text()
     assert "median of 2 for each batch" in text
     assert "HH-RLHF failed: ValueError: bad kernel" in text
 
@@ -392,11 +392,9 @@ def test_memory_goes_on_after_an_error(module, monkeypatch, tmp_path):
         return search(model, side, args, name)
 
     monkeypatch.setattr(memory, "search", failing)
-    small = ["--budget", "0.004", "--response", "16", "--grain", "8", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match="failed: shared, checkpointing off"):
-        memory.main([*TINY, *small])
-    with next(tmp_path.glob("*.csv")).open(newline="") as file:
-        fails, works = csv.DictReader(file)
+    small = ["--budget", "0.004", "--response", "16", "--grain", "8"]
+    failed = "shared, checkpointing off"
+    (fails, works), _ = failing_run(memory.main, small, tmp_path, failed)
     assert [fails[x] for x in ("shared prompt", "ratio", "shared GiB")] == ["failed"] * 3
     assert_positive(fails, "unshared prompt", "unshared GiB")
     assert_positive(works, "ratio", "shared GiB")

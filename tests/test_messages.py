@@ -84,7 +84,7 @@ def _tells(node: ast.Raise | ast.Expr) -> bool:
     name = ast.unparse(call.func)
     if isinstance(node, ast.Raise):
         return name != "AttributeError"
-    return name.endswith(("warnings.warn", "parser.error"))
+    return name.endswith(("warnings.warn", "warn_caller", "parser.error"))
 
 
 def elsewhere() -> list[tuple[str, str, str]]:
