@@ -422,13 +422,14 @@ def test_an_inner_context_gives_the_trainer_back(llama, tmp_path):
 
 def test_what_is_set_while_sharing_is_on_stays(llama, tmp_path):
     """A collator of the user's, and a loss around the weighted one, which weighs no more."""
-    trainer = build_trainer(load(llama), tmp_path)
+    trainer = build_trainer(load(llama), tmp_path, per_device_train_batch_size=3)
     with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET):
         collator = trainer.data_collator = DataCollatorWithPrefixSharing(0, max_length=44)
         inner = trainer.compute_loss
         trainer.compute_loss = lambda *args, **kwargs: inner(*args, **kwargs)
     assert trainer.data_collator is collator
-    _, got = epoch_gradients(trainer)
+    pairs, got = epoch_gradients(trainer)
+    assert pairs == [3] * 4  # other than the mean of the budget's batches, or they weighed 1 anyway
     del trainer.compute_loss
     _, want = epoch_gradients(trainer)
     assert all(torch.equal(got[name], x) for name, x in want.items())
