@@ -418,6 +418,7 @@ def test_inputs_of_attention_are_laid_out_by_tokens(module):
             assert y.is_leaf
             assert y.requires_grad
             assert y.transpose(1, 2).flatten(0, 1).data_ptr() == y.data_ptr()
+            assert y.transpose(1, 2).is_contiguous()
 
 
 def test_attention(module, monkeypatch, tmp_path):
