@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from hf_prefix_patch.backends.base import Backend
+from hf_prefix_patch.backends.base import Backend, autocast_dtype
 from hf_prefix_patch.backends.flex import FLEX
 from hf_prefix_patch.backends.sdpa import SDPA
 from hf_prefix_patch.backends.varlen import FLASH, TORCH_VARLEN
-from hf_prefix_patch.features import sliding_window
+from hf_prefix_patch.features import flash_dtype, is_flash, sliding_window
 
 NAME = "prefix_sharing"
 """The name in transformers' attention registry."""
@@ -61,6 +61,7 @@ def prefix_sharing_attention(
         run = _original(module)
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return run(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = _as_flash_casts(module, query, key, value)
     seen = kwargs.get("tree_seen")
     if seen is not None and not torch.compiler.is_compiling():
         seen.note(value)
@@ -83,6 +84,22 @@ def prefix_sharing_attention(
         **{name: x for name, x in kwargs.items() if name.startswith("tree_")},
     )
     return output, None
+
+
+def _as_flash_casts(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the attention of a model loaded with flash attention computes in, whichever backend
+    serves it: where queries arrive in fp32 (PEFT may keep norms in fp32), transformers casts to
+    autocast's type, else to that of the quantised model, else to that of the weights."""
+    config: Any = module.config.prefix_sharing_original  # type: ignore[union-attr]
+    if query.dtype != torch.float32 or not is_flash(config._attn_implementation):
+        return query, key, value
+    dtype = autocast_dtype(query.device) or flash_dtype(config)
+    if dtype is None:
+        linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
+        dtype = query.dtype if linear is None else linear.weight.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _check_call(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from hf_prefix_patch import versions
 
 SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
@@ -114,6 +117,20 @@ def has_experts(config: Any) -> bool:
 def is_bitsandbytes(module: nn.Module) -> bool:
     """Whether a layer has weights quantised by bitsandbytes."""
     return any(cls.__module__.partition(".")[0] == "bitsandbytes" for cls in type(module).__mro__)
+
+
+def is_flash(implementation: str) -> bool:
+    """Whether an attention implementation, as configs name them, is one of FlashAttention."""
+    return "flash" in implementation
+
+
+def flash_dtype(config: Any) -> torch.dtype | None:
+    """The type that transformers' flash attention casts fp32 queries, keys and values of a
+    quantised model to, where autocast is off; None for any other model or implementation."""
+    mark, dtype = versions.QUANTIZED
+    if not is_flash(config._attn_implementation) or not hasattr(config, mark):
+        return None
+    return getattr(config, dtype)  # type: ignore[no-any-return]
 
 
 def rope_depends_on_length(config: Any) -> bool:

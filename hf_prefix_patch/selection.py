@@ -13,6 +13,7 @@ from hf_prefix_patch.backends.base import Backend, Needs, autocast_dtype
 from hf_prefix_patch.backends.flex import FLEX
 from hf_prefix_patch.features import (
     drops_attention,
+    flash_dtype,
     has_sinks,
     is_attention,
     layer_types,
@@ -161,9 +162,11 @@ def structure_of(backbone: PreTrainedModel) -> Structure:
 
 
 def state_of(backbone: PreTrainedModel) -> State:
-    """Device and dtype of the weights, and the dtype of autocast if it is on."""
-    device = device_of(backbone)
-    return device, backbone.dtype, autocast_dtype(device)
+    """Device, the dtype that the weights say attention computes in, and that of autocast if on."""
+    device, dtype = device_of(backbone), backbone.dtype
+    if dtype == torch.float32:
+        dtype = flash_dtype(backbone.config) or dtype
+    return device, dtype, autocast_dtype(device)
 
 
 def needs_of(backbone: PreTrainedModel, structure: Structure, seen: Seen | None = None) -> Needs:

@@ -134,7 +134,7 @@ def test_autocast_is_no_worse_than_the_unpatched_model(family, dtype):
         assert_error_at_most_doubles(model, truth_model)
 
 
-def assert_error_at_most_doubles(model, truth_model):
+def assert_error_at_most_doubles(model, truth_model, **options):
     """Root mean square errors of log-probs and of gradients, over eight batches."""
     errors = {"unpatched": [0.0, 0.0], "shared": [0.0, 0.0]}
     for seed in range(8):
@@ -143,7 +143,7 @@ def assert_error_at_most_doubles(model, truth_model):
             truth = run(truth_model, batch)
         for name, error in errors.items():
             if name == "shared":
-                with enable_prefix_sharing(model, verify=False) as sharing:
+                with enable_prefix_sharing(model, verify=False, **options) as sharing:
                     logps, grads = run(model, batch)
                 assert sharing.stats.calls == 1
             else:

@@ -14,8 +14,14 @@ from test_peft import CHECKPOINTING, lora_config, policy_and_reference, wrap
 from test_peft_methods import moved
 from tiny_trl import assert_same_log, run_dpo
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from varlen_emulator import install_flash, needs_half, serve
 
 from hf_prefix_patch import enable_prefix_sharing
+from hf_prefix_patch.backends.varlen import FLASH
 from hf_prefix_patch.features import is_bitsandbytes
 
 pytest.importorskip("bitsandbytes", reason="quantised base models need bitsandbytes")
@@ -111,6 +117,34 @@ def test_bf16_compute_is_no_worse_than_without_sharing(folder):
         layer.compute_dtype = torch.bfloat16
     enable_prefix_sharing(model).remove()  # verification allows for it
     assert_error_at_most_doubles(model, truth)
+
+
+def casting_attention(module, query, key, value, *args, **kwargs):
+    """What transformers' flash path computes: in the type that it casts fp32 queries to."""
+    dtype = get_target_dtype(query, module) or query.dtype
+    inputs = (x.to(dtype) for x in (query, key, value))
+    return sdpa_attention_forward(module, *inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend"), [("flash", "flash"), ("auto", "flash"), ("sdpa", "sdpa")]
+)
+def test_fp32_activations_under_flash_attention(folder, monkeypatch, asked, backend):
+    """PEFT's preparation keeps activations in fp32, flash attention takes them in bf16, as the
+    checkpoint was: from the first call on, without autocast, whichever backend is asked for."""
+    calls = install_flash(monkeypatch)
+    serve(monkeypatch, FLASH, needs_half)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_cast", casting_attention)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "flash_cast", sdpa_mask)
+    truth, model = (qlora(load(folder, four_bits(), torch.bfloat16)) for _ in range(2))
+    assert model.dtype == torch.float32
+    assert model.get_base_model().config.dtype == torch.bfloat16
+    model.get_base_model().config._attn_implementation_internal = "flash_cast"
+    assert_error_at_most_doubles(model, truth, backend=asked)
+    assert len(calls) == (16 if backend == "flash" else 0)  # two layers, eight batches
+    assert all(call[name].dtype == torch.bfloat16 for call in calls for name in "qkv")
+    with enable_prefix_sharing(model, backend=asked, verify=False) as sharing:
+        assert sharing.backend == backend
 
 
 @pytest.mark.gpu

@@ -27,8 +27,10 @@ from varlen_emulator import (
 )
 
 from hf_prefix_patch import PrefixTree, enable_prefix_sharing, versions
+from hf_prefix_patch.attention import prefix_sharing_attention
 from hf_prefix_patch.backends import varlen
 from hf_prefix_patch.backends.base import Needs, as_tensor, chain_blocks
+from hf_prefix_patch.backends.sdpa import SDPA
 from hf_prefix_patch.backends.varlen import FLASH, TORCH_VARLEN, gather_paths
 
 NEEDS = Needs(
@@ -46,9 +48,10 @@ class FlashModule(torch.nn.Module):
 
     def __init__(self, weights=torch.float64, **config):
         super().__init__()
-        self.q_proj = torch.nn.Linear(2, 2, dtype=weights)
+        if weights is not None:
+            self.q_proj = torch.nn.Linear(2, 2, dtype=weights)
         original = SimpleNamespace(_attn_implementation="flash_attention_2", **config)
-        self.config = SimpleNamespace(prefix_sharing_original=original)
+        self.config = SimpleNamespace(prefix_sharing_original=original, prefix_sharing_slides=None)
 
 
 def attend(backend, tree, inputs, module=None, **options):
@@ -160,26 +163,33 @@ def test_flash_is_deterministic_where_torch_is(monkeypatch, deterministic, asked
     assert calls[0]["dropout_p"] == 0.25
 
 
+@pytest.mark.parametrize("backend", [FLASH, SDPA])
 @pytest.mark.parametrize(
     ("weights", "config", "autocast", "expected"),
     [
         (torch.bfloat16, {}, None, torch.bfloat16),
+        (torch.float32, {}, None, torch.float32),
+        (None, {}, None, torch.float32),
         (torch.float32, {}, torch.float16, torch.float16),
         (torch.bfloat16, {}, torch.float16, torch.float16),
         (torch.float32, dict.fromkeys(versions.QUANTIZED, torch.float16), None, torch.float16),
     ],
 )
-def test_flash_casts_fp32_queries_as_transformers_does(
-    monkeypatch, weights, config, autocast, expected
+def test_fp32_queries_are_cast_as_transformers_flash_attention_does(
+    monkeypatch, backend, weights, config, autocast, expected
 ):
-    """PEFT may keep norms, and so queries, in fp32."""
+    """PEFT may keep norms, and so queries, in fp32; whichever backend serves such a model."""
     calls = install_flash(monkeypatch)
     tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
     inputs = [x.detach().float() for x in packed_inputs(tree)]
+    plan = {"tree_backend": backend, **backend.plan(tree, NEEDS)}
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        output = attend(FLASH, tree, inputs, FlashModule(weights, **config))
+        module = FlashModule(weights, **config)
+        output, _ = prefix_sharing_attention(module, *inputs, None, **plan)
     assert output.dtype == expected
-    assert calls[0]["q"].dtype == calls[0]["k"].dtype == calls[0]["v"].dtype == expected
+    for call in calls:
+        assert call["q"].dtype == call["k"].dtype == call["v"].dtype == expected
+    assert len(calls) == (backend is FLASH)
 
 
 def test_torch_varlen_follows_autocast_and_refuses_fp32(monkeypatch):

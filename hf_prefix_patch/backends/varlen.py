@@ -31,6 +31,7 @@ from hf_prefix_patch.backends.base import (
     to_autocast_dtype,
     varying,
 )
+from hf_prefix_patch.features import is_flash
 from hf_prefix_patch.tree import PrefixTree, to_device
 
 # Where the functions of a flash implementation come from, if transformers does not tell.
@@ -116,14 +117,12 @@ def flash_attend(
     **unused: Any,
 ) -> Tensor:
     """Shared attention by the variable-length function that transformers resolves for the model's
-    own implementation, called through transformers so that types and options are treated alike.
+    own implementation, called through transformers so that options are treated alike.
 
     Arguments and result are those of `torch_varlen_attend`; softcap, dropout and sinks (`s_aux`,
     `[heads]`) as far as that function has them.
     """
     config: Any = module.config.prefix_sharing_original  # type: ignore[union-attr]
-    dtype = _flash_dtype(query, module, config)
-    query, key, value = (x.to(dtype) for x in (query, key, value))
     q, k, v, size = _sequences(query, key, value, tree_blocks, tree_chains)
     output: Tensor = hf_flash._flash_attention_forward(
         q[None],
@@ -142,22 +141,9 @@ def flash_attend(
         max_length_q=tree_chains["max_seqlen_q"],
         max_length_k=tree_chains["max_seqlen_k"],
         attn_implementation=config._attn_implementation,
-        s_aux=None if s_aux is None else s_aux.to(dtype),
+        s_aux=None if s_aux is None else s_aux.to(query.dtype),
     )
     return output[..., :size]
-
-
-def _flash_dtype(query: Tensor, module: nn.Module, config: Any) -> torch.dtype:
-    """As transformers' flash path: fp32 queries (PEFT may keep norms in fp32) go to autocast's
-    type, else to that of the weights."""
-    if query.dtype != torch.float32:
-        return query.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        return torch.get_autocast_dtype(query.device.type)
-    mark, dtype = versions.QUANTIZED
-    if hasattr(config, mark):
-        return getattr(config, dtype)  # type: ignore[no-any-return]
-    return next(m.weight.dtype for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def _sequences(
@@ -248,7 +234,7 @@ def _torch_varlen_unserved(needs: Needs) -> str | None:
 
 def _flash_unserved(needs: Needs) -> str | None:
     name = needs.implementation
-    if "flash" not in name:
+    if not is_flash(name):
         return f'it needs a model loaded with flash attention, and this one has "{name}"'
     if needs.device.type == "cpu":
         return "it needs a GPU, and the model is on cpu"
