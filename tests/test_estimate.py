@@ -414,6 +414,16 @@ def refused(run, capsys):
     return refused
 
 
+def test_what_is_wrong_with_the_data_stands_alone(run, path, capsys):
+    """As of `verify`: the summary of options explains nothing of it."""
+    path.write_text("")
+    with pytest.raises(SystemExit):
+        run()
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert "usage" not in error
+
+
 def test_data_that_is_broken(refused, path, tmp_path):
     """Named by file and place, by the same code as in `tokenize_preferences`."""
     text = path.read_text()

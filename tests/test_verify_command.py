@@ -296,7 +296,7 @@ def test_rows_end_with_the_positions_of_the_model(folder, verified, tmp_path):
     code, out, error = verified(tmp_path, "--tokenizer", folder, "--data", data)
     assert code == EQUAL
     assert "2 pairs of" in out
-    assert "skipped 2 pairs whose prompt fills 32 tokens" in error
+    assert "pairs skipped because their prompt fills 32 tokens: 2" in error
     data.write_text(json.dumps(pairs[0]))
     code, _, error = verified(tmp_path, "--tokenizer", folder, "--data", data)
     assert code == BAD_INPUT

@@ -111,7 +111,7 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.plot is not None:
             report.draw(found, arguments.plot)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        arguments.parser.error(with_notes(error))
+        arguments.parser.exit(2, f"{arguments.parser.prog}: error: {with_notes(error)}\n")
 
 
 def _length(value: str) -> int | None:

@@ -217,7 +217,9 @@ def _read_pairs(arguments: argparse.Namespace, limit: int) -> list[dict[str, Any
         )
     report_cuts(cuts)
     if skipped:
-        print(f"skipped {skipped} pairs whose prompt fills {limit} tokens", file=sys.stderr)
+        print(
+            f"pairs skipped because their prompt fills {limit} tokens: {skipped}", file=sys.stderr
+        )
     return pairs
 
 
@@ -282,7 +284,7 @@ def _show(arguments: argparse.Namespace, model: Any, found: Comparison, batch: A
     name, source = type(unwrap(model)).__name__, arguments.data or "random tokens"
     print(f"{arguments.model}: {name}, {found.dtype} on {model.device}, backend {found.backend}")
     rows, length = batch["input_ids"].shape
-    print(f"{rows // 2} pairs of {source}, rows of up to {length} tokens\n")
+    print(f"{rows // 2} pair{'s' if rows > 2 else ''} of {source}, rows of up to {length} tokens\n")
     print(f"{'':38}{'difference':>12}{'own noise':>12}{'allowed':>12}")
     for label, difference in found.differences.items():
         _row(f"{found.quantity} of {label}", difference)
