@@ -65,6 +65,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/gathering.py
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/preference_sets.py
 	$(BIN)/python benchmarks/memory.py

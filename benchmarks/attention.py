@@ -1,4 +1,4 @@
-"""The attention call alone: every backend against attention on the rows, and gathering of keys.
+"""The attention call alone: every backend against attention on the rows.
 
     python benchmarks/attention.py [--cases 1024x256x2 ...] [--heads 9] [--kv-heads 3] [--size 64]
 
@@ -7,9 +7,6 @@ The unshared call is the fastest there is for them: causal without a mask, keys 
 not repeated, on CUDA the variable-length kernel and installed flash implementations as well.
 Forward and backward. The ideal is the ratio of visible (query, key) pairs; it ends below that of
 tokens, which the rest of a decoder sees.
-
-A second table times the copies of keys and values alone, forward and backward: slices and `cat`,
-as the library does it, against `index_select`. Both copy the same bytes, so the ideal is 1.
 """
 
 import argparse
@@ -33,7 +30,6 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from hf_prefix_patch import PrefixTree, versions
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Backend, Needs
-from hf_prefix_patch.backends.varlen import gather_paths
 from hf_prefix_patch.kernel_check import AttentionStandIn, kernel_fault
 from hf_prefix_patch.measuring import peak_of, seconds_of
 from hf_prefix_patch.selection import unserved
@@ -71,18 +67,6 @@ HEADER = (
     "MiB",
     "error",
 )
-GATHER_HEADER = (
-    "prompt",
-    "response",
-    "responses",
-    "keys",
-    "index_select ms",
-    "slices ms",
-    "ratio",
-    "ideal",
-    "index_select MiB",
-    "slices MiB",
-)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,24 +79,18 @@ def main(argv: list[str] | None = None) -> None:
     setting += f"of {args.size}, {str(args.dtype).removeprefix('torch.')}, forward and backward, "
     setting += f"median of {args.repeats}"
     suffix = f"{args.device}, {args.threads} threads" if args.device == "cpu" else args.device
-    titles = f"Attention alone on {suffix}", f"Gathering keys and values on {suffix}"
-    calls: list[tuple] = []
-    copies: list[tuple] = []
+    title = f"Attention alone on {suffix}"
+    table: list[tuple] = []
     attempts = Attempts()
     for case in tqdm(cases, desc="cases"):
         part = "x".join(map(str, case))
         lines = attempts(part, partial(attention_lines, case, args, attempts, part))
         if lines is None:
             lines = [(*case, "-", *[attempts.word(part)] * (len(HEADER) - 4))]
-        calls += lines
-        save_table(titles[0], HEADER, calls, args.out, setting + attempts.note())
-        part += " gathered"
-        copy = attempts(part, partial(gather_line, case, args))
-        copies.append(copy or (*case, *[attempts.word(part)] * (len(GATHER_HEADER) - 3)))
-        save_table(titles[1], GATHER_HEADER, copies, args.out, setting + attempts.note())
+        table += lines
+        save_table(title, HEADER, table, args.out, setting + attempts.note())
     setting += attempts.note()
-    write_table(titles[0], HEADER, calls, args.out, setting, partial(draw, table=calls))
-    write_table(titles[1], GATHER_HEADER, copies, args.out, setting)
+    write_table(title, HEADER, table, args.out, setting, partial(draw, table=table))
     attempts.finish()
 
 
@@ -351,29 +329,6 @@ def time_steps(steps: dict[str, Callable[[], Any]], args: argparse.Namespace) ->
     device = torch.device(args.device)
     timers = {name: partial(seconds_of, call, device) for name, call in steps.items()}
     return medians(timers, args.repeats)
-
-
-def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
-    """Both ways to copy the keys of all paths; gradients are checked to be the same."""
-    _, tree = tree_of(case, args.device)
-    plan = BACKENDS["torch_varlen"].plan(tree, needs_of(args))
-    blocks, count = plan["tree_blocks"], plan["tree_chains"]["num_keys"]
-    stretches = [torch.arange(start, stop) for _, _, start, stop in blocks.view(-1, 4).tolist()]
-    index = torch.cat(stretches).to(args.device)
-    x = random_inputs(tree, args)[1][0].transpose(0, 1)
-    x = x.detach().contiguous().requires_grad_()
-    ways = {
-        "index_select": lambda: x.index_select(0, index),
-        "slices": lambda: gather_paths(x, blocks, count),
-    }
-    direction = torch.randn(count, *x.shape[1:], device=x.device).to(x.dtype)
-    found = [torch.autograd.grad(way(), x, direction)[0] for way in ways.values()]
-    torch.testing.assert_close(*found, atol=5e-2, rtol=5e-2)
-    steps = {name: partial(step, way, [x], direction) for name, way in ways.items()}
-    peaks = [peak_of(call, x.device) / 2**20 for call in steps.values()]
-    times = {name: 1e3 * seconds for name, seconds in time_steps(steps, args).items()}
-    ratio = times["index_select"] / times["slices"]
-    return (*case, count, *times.values(), ratio, 1.0, *peaks)
 
 
 def draw(figure: Any, table: list[tuple]) -> None:

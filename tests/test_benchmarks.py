@@ -421,20 +421,17 @@ def test_inputs_of_attention_are_laid_out_by_tokens(module):
             assert y.transpose(1, 2).is_contiguous()
 
 
-def test_attention(module, monkeypatch, tmp_path):
-    """Both tables; the backend computes what the rows do, and the ideal counts what is visible."""
+def test_attention(module, tmp_path):
+    """The backend computes what the rows do, and the ideal counts what is visible."""
     sizes = ["--heads", "3", "--kv-heads", "1", "--size", "8", "--repeats", "1", "--threads", "1"]
     cases = ["40x8x2", "5x4x3"]
     module("attention").main(["--device", "cpu", *sizes, "--cases", *cases, "--out", str(tmp_path)])
-    stems = ["attention-alone-on-cpu-1-threads", "gathering-keys-and-values-on-cpu-1-threads"]
-    assert sorted(path.stem for path in tmp_path.glob("*.csv")) == stems
-    assert (tmp_path / f"{stems[0]}.png").stat().st_size > 5_000
-    tables = []
-    for stem in stems:
-        assert "torch 2." in (tmp_path / f"{stem}.md").read_text()
-        with (tmp_path / f"{stem}.csv").open(newline="") as file:
-            tables.append(list(csv.DictReader(file)))
-    calls, copies = tables
+    (path,) = tmp_path.glob("*.csv")
+    assert path.stem == "attention-alone-on-cpu-1-threads"
+    assert path.with_suffix(".png").stat().st_size > 5_000
+    assert "torch 2." in path.with_suffix(".md").read_text()
+    with path.open(newline="") as file:
+        calls = list(csv.DictReader(file))
     assert [row["call"] for row in calls] == ["sdpa", "sdpa"]
     for row, (p, r, g) in zip(calls, [(40, 8, 2), (5, 4, 3)], strict=True):
         alone = g * sum(range(1, p + r + 1))
@@ -442,10 +439,33 @@ def test_attention(module, monkeypatch, tmp_path):
         assert float(row["ideal"]) == pytest.approx(alone / shared)
         assert float(row["error"]) < 1e-5
         assert float(row["speed-up"]) == pytest.approx(1 / float(row["time ratio"]))
-    assert [int(row["keys"]) for row in copies] == [96, 27]
-    for row in copies:
-        assert_positive(row, "ratio", "index_select MiB", "slices MiB")
-        assert float(row["ideal"]) == 1
+
+
+def test_gathering(module, tmp_path):
+    """Three ways, each checked against the others, and a case that fails."""
+    gathering = module("gathering")
+    args = ["--device", "cpu", "--kv-heads", "1", "--size", "8", "--repeats", "1"]
+    given = [*args, "--threads", "1", "--cases", "6x4x3x2", "6x0x1x0", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="failed: 6x0x1x0"):
+        gathering.main(given)
+    with (tmp_path / "gathering-keys-and-values-on-cpu-1-threads.csv").open(newline="") as file:
+        line, failed = csv.DictReader(file)
+    assert int(line["keys"]) == 2 * 3 * (6 + 4)
+    assert float(line["ideal"]) == 1
+    times = [float(line[f"{way} ms"]) for way in ("index_select", "slices", "library")]
+    assert float(line["speed-up over index_select"]) == pytest.approx(times[0] / times[2])
+    assert float(line["speed-up over slices"]) == pytest.approx(times[1] / times[2])
+    assert_positive(line, "index_select MiB", "slices MiB", "library MiB")
+    assert failed["library ms"] == "failed"
+
+
+def test_slices_that_are_gathered(module):
+    """Those that the keys are consecutive in: of each row its prompt, then what follows."""
+    gathering = module("gathering")
+    tree = gathering.tree_of((6, 4, 2, 2), "cpu")
+    assert (tree.packed_tokens, tree.row_tokens) == (2 * 14, 4 * 10)
+    keys = torch.tensor([0, 1, 2, 6, 7, 0, 1, 2, 8])
+    assert gathering.consecutive(keys) == [slice(0, 3), slice(6, 8), slice(0, 3), slice(8, 9)]
 
 
 def test_attention_goes_on_after_an_error(module, monkeypatch, tmp_path):
@@ -469,7 +489,7 @@ def test_attention_goes_on_after_an_error(module, monkeypatch, tmp_path):
     given = ["--device", "cpu", *sizes, "--cases", "5x4x3", "40x8x2", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="failed: 40x8x2 sdpa"):
         attention.main(given)
-    calls, copies = sorted(tmp_path.glob("*.csv"))
+    (calls,) = tmp_path.glob("*.csv")
     with calls.open(newline="") as file:
         small, fails = csv.DictReader(file)
     assert [small[x] for x in ("call", "unshared ms", "error")] == ["-", "OOM", "OOM"]
@@ -477,7 +497,6 @@ def test_attention_goes_on_after_an_error(module, monkeypatch, tmp_path):
     assert_positive(fails, "unshared ms", "unshared MiB", "ideal")
     note = calls.with_suffix(".md").read_text()
     assert "; 40x8x2 sdpa failed: ValueError: bad kernel" in note
-    assert len(copies.read_text().splitlines()) == 3
 
 
 def test_flash_implementations(module, monkeypatch):

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,8 +25,6 @@ from hf_prefix_patch.backends.base import (
     HALF,
     Backend,
     Needs,
-    as_blocks,
-    as_tensor,
     chain_blocks,
     rows_contiguous,
     to_autocast_dtype,
@@ -57,7 +56,6 @@ def torch_varlen_attend(
     *,
     scaling: float,
     sliding_window: int | None = None,
-    tree_blocks: Tensor,
     tree_chains: dict[str, Any],
     **unused: Any,
 ) -> Tensor:
@@ -66,8 +64,7 @@ def torch_varlen_attend(
     Args:
         query: `[1, heads, N, head_dim]`, fp16 or bf16 (fp32 under autocast).
         sliding_window: number of keys seen, the query's own included.
-        tree_blocks: of `as_tensor(chain_blocks(tree))`.
-        tree_chains: `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`.
+        tree_chains: as `_plan` makes it.
 
     Returns:
         `[1, N, heads, head_dim]`.
@@ -81,7 +78,7 @@ def torch_varlen_attend(
             f"{type(module).__name__} computes attention in float32 outside autocast, which the "
             'backend "torch_varlen" does not; pass backend="sdpa", or train under autocast'
         )
-    q, k, v, size = _sequences(query, key, value, tree_blocks, tree_chains)
+    q, k, v, size = _sequences(query, key, value, tree_chains)
     grouped: dict[str, Any] = {}
     if versions.VARLEN_IS_TOLD_OF_GROUPS:
         grouped["enable_gqa"] = q.shape[1] != k.shape[1]
@@ -112,7 +109,6 @@ def flash_attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    tree_blocks: Tensor,
     tree_chains: dict[str, Any],
     **unused: Any,
 ) -> Tensor:
@@ -123,7 +119,7 @@ def flash_attend(
     `[heads]`) as far as that function has them.
     """
     config: Any = module.config.prefix_sharing_original  # type: ignore[union-attr]
-    q, k, v, size = _sequences(query, key, value, tree_blocks, tree_chains)
+    q, k, v, size = _sequences(query, key, value, tree_chains)
     output: Tensor = hf_flash._flash_attention_forward(
         q[None],
         k[None],
@@ -147,7 +143,7 @@ def flash_attend(
 
 
 def _sequences(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, chains: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, chains: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Queries `[N, heads, D]`, keys and values `[K, heads, D]`, and the size of a value head."""
     size = value.shape[-1]
@@ -155,71 +151,101 @@ def _sequences(
         value = F.pad(value, (0, query.shape[-1] - size))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if chains["num_keys"] != k.shape[0]:
-        k, v = (gather_paths(x, blocks, chains["num_keys"]) for x in (k, v))
+        k, v = gather_paths(k, v, chains["keys"], chains["places"], chains["starts"])
     q, k, v = rows_contiguous(q, k, v)
     return q, k, v, size
 
 
-@torch.library.custom_op("hf_prefix_patch::gather_paths", mutates_args=())
-def gather_paths(x: Tensor, blocks: Tensor, num_keys: int) -> Tensor:
-    """`[N, heads, D]` packed keys or values to `[K, heads, D]`, the paths of the chains end to end.
+def gather_paths(
+    key: Tensor, value: Tensor, keys: Tensor, places: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`[N, heads, D]` packed keys and values to `[K, heads, D]`, the paths of chains end to end.
 
-    Copies of slices rather than `index_select`, whose backward adds by atomics: this one adds
-    stretch by stretch in one order, in fp32, on any device.
+    Args:
+        keys: `[K]` int32, the packed token that each gathered key is of.
+        places: `[K]` int32, where the keys of the packed tokens went, token by token.
+        starts: `[N]` int32, where those of each token start in `places`.
     """
-    return torch.cat([x[start:stop] for _, _, start, stop in as_blocks(blocks)])
+    gathered: tuple[Tensor, Tensor] = _GatherPaths.apply(  # type: ignore[no-untyped-call]
+        key, value, keys, places, starts
+    )
+    return gathered
 
 
-@torch.library.custom_op("hf_prefix_patch::gather_paths_backward", mutates_args=())
-def gather_paths_backward(grad: Tensor, blocks: Tensor, num_tokens: int) -> Tensor:
-    total = torch.promote_types(grad.dtype, torch.float32)
-    sums = grad.new_zeros((num_tokens, *grad.shape[1:]), dtype=total)
-    offset = 0
-    for _, _, start, stop in as_blocks(blocks):
-        sums[start:stop] += grad[offset : offset + stop - start]
-        offset += stop - start
-    return sums.to(grad.dtype)
+class _GatherPaths(torch.autograd.Function):
+    """Has a backward of its own: that of `index_select` adds by atomics on CUDA, in the type of the
+    gradient. This one adds the gradients of a token in one order, in fp32, on any device, and a
+    batch of many rows takes as many kernels as one pair."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, keys: Tensor, places: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(places, starts)
+        return key.index_select(0, keys), value.index_select(0, keys)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_key: Tensor, grad_value: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        places, starts = ctx.saved_tensors
+        return (
+            _sums(grad_key, places, starts),
+            _sums(grad_value, places, starts),
+            None,
+            None,
+            None,
+        )
 
 
-@gather_paths.register_fake
-def _(x: Tensor, blocks: Tensor, num_keys: int) -> Tensor:
-    return x.new_empty((num_keys, *x.shape[1:]))
-
-
-@gather_paths_backward.register_fake
-def _(grad: Tensor, blocks: Tensor, num_tokens: int) -> Tensor:
-    return grad.new_empty((num_tokens, *grad.shape[1:]))
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-    x, blocks, _ = inputs
-    ctx.save_for_backward(blocks)
-    ctx.num_tokens = x.shape[0]
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (blocks,) = ctx.saved_tensors
-    return gather_paths_backward(grad, blocks, ctx.num_tokens), None, None
-
-
-gather_paths.register_autograd(_differentiate, setup_context=_keep)
+def _sums(grad: Tensor, places: Tensor, starts: Tensor) -> Tensor:
+    """`[K, heads, D]` to `[N, heads, D]`: a bag of embeddings is summed in fp32 or better."""
+    sums: Tensor = torch.embedding_bag(grad.flatten(1), places, starts)[0]
+    return sums.view(-1, *grad.shape[1:])
 
 
 def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
-    """Blocks for the gather; boundaries of chains and paths, `[C+1]` int32, for the kernel."""
-    blocks = as_tensor(chain_blocks(tree))
-    starts, stops, key_starts, key_stops = blocks.view(-1, 4).unbind(1)
-    ends, chain = torch.unique_consecutive(stops, return_inverse=True)
-    lengths = torch.zeros_like(ends).index_add_(0, chain, key_stops - key_starts)
-    cu_seqlens = [F.pad(x, (1, 0)).to(torch.int32) for x in (ends, lengths.cumsum(0))]
-    chains = {
-        "cu_seqlens_q": varying(to_device(cu_seqlens[0], needs.device)),
-        "cu_seqlens_k": varying(to_device(cu_seqlens[1], needs.device)),
-        "max_seqlen_q": int((stops - starts).max()),
-        "max_seqlen_k": int(lengths.max()),
-        "num_keys": int(lengths.sum()),
+    """Boundaries of chains and paths for the kernel, `[C+1]` int32, and what `gather_paths` takes
+    where paths are longer than their chains."""
+    blocks = np.array(chain_blocks(tree))
+    stops, first = np.unique(blocks[:, 1], return_index=True)
+    lengths = np.add.reduceat(blocks[:, 3] - blocks[:, 2], first)
+    num_keys = int(lengths.sum())
+    arrays = {
+        "cu_seqlens_q": np.append(0, stops),
+        "cu_seqlens_k": np.append(0, lengths.cumsum()),
     }
-    return {"tree_blocks": blocks, "tree_chains": chains}
+    if num_keys != tree.packed_tokens:
+        arrays |= _paths(blocks[:, 2:].tolist(), num_keys, tree.packed_tokens)
+    tensors = {name: torch.from_numpy(x.astype(np.int32, copy=False)) for name, x in arrays.items()}
+    chains = {
+        **{name: varying(to_device(x, needs.device)) for name, x in tensors.items()},
+        "max_seqlen_q": int(np.diff(stops, prepend=0).max()),
+        "max_seqlen_k": int(lengths.max()),
+        "num_keys": num_keys,
+    }
+    return {"tree_chains": chains}
+
+
+def _paths(stretches: list[list[int]], num_keys: int, num_tokens: int) -> dict[str, Any]:
+    """`keys`, `places` and `starts` of `gather_paths`, from the stretches of all paths."""
+    changes = np.zeros(num_tokens, np.int32)  # of the number of paths, from a token to the next
+    for start, stop in stretches:
+        changes[start] += 1
+        if stop < num_tokens:
+            changes[stop] -= 1
+    copies = changes.cumsum(dtype=np.int32)
+    starts = copies.cumsum(dtype=np.int32) - copies
+    count = np.arange(num_keys, dtype=np.int32)
+    keys, places = np.empty_like(count), np.empty_like(count)
+    free, at = starts.copy(), 0
+    for start, stop in stretches:
+        to = at + stop - start
+        keys[at:to] = count[start:stop]
+        places[free[start:stop]] = count[at:to]
+        free[start:stop] += 1
+        at = to
+    return {"keys": keys, "places": places, "starts": starts}
 
 
 def _torch_varlen_unserved(needs: Needs) -> str | None:

@@ -1,0 +1,157 @@
+"""Copies of keys and values along the paths of the tree, forward and backward, three ways.
+
+    python benchmarks/gathering.py [--cases 1024x256x2x4 ...] [--kv-heads 3] [--size 64]
+
+A case `PxRxGxB` is B prompts of P tokens with G responses of R each. `index_select` and `slices`
+(slices and `cat`) leave backward to autograd; the library selects, and sums the gradients of each
+token in one order. All copy the same bytes, so the ideal is 1; their gradients are checked to be
+the same. With few tokens it is the cost of starting kernels that is measured, which grows with the
+number of slices: of a layer on a GPU, it may be more than what the copies take.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from attention import step, time_steps
+from measure import Attempts, entry, fill_in
+from report import machine, save_table, write_table
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_prefix_patch import PrefixTree
+from hf_prefix_patch.attention import BACKENDS
+from hf_prefix_patch.backends.base import Needs
+from hf_prefix_patch.backends.varlen import gather_paths
+from hf_prefix_patch.measuring import peak_of
+
+DEFAULTS = {
+    "cpu": {
+        "cases": ["16x8x2x1", "16x8x2x8", "1024x256x2x1", "1024x256x2x4", "1024x128x8x1"],
+        "kv_heads": 3,
+        "size": 64,
+        "dtype": "float32",
+    },
+    "cuda": {
+        "cases": ["16x8x2x8", "2048x256x2x1", "2048x256x2x4", "16384x1024x2x1", "4096x128x64x1"],
+        "kv_heads": 4,
+        "size": 128,
+        "dtype": "bfloat16",
+    },
+}
+WAYS = "index_select", "slices", "library"
+HEADER = (
+    "prompt",
+    "response",
+    "responses",
+    "prompts",
+    "keys",
+    *(f"{way} ms" for way in WAYS),
+    "speed-up over index_select",
+    "speed-up over slices",
+    "ideal",
+    *(f"{way} MiB" for way in WAYS),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = options().parse_args(argv)
+    fill_in(args, DEFAULTS[args.device])
+    threads = f", {args.threads} threads" if args.device == "cpu" else ""
+    setting = f"{machine(args.device)}{threads}, {args.kv_heads} key heads of {args.size}, "
+    setting += f"{str(args.dtype).removeprefix('torch.')}, forward and backward, median of "
+    setting += str(args.repeats)
+    title = f"Gathering keys and values on {args.device}{threads}"
+    table: list[tuple] = []
+    attempts = Attempts()
+    for name in tqdm(args.cases, desc="cases"):
+        case = tuple(map(int, name.split("x")))
+        line = attempts(name, partial(gather_line, case, args))
+        table.append(line or (*case, *[attempts.word(name)] * (len(HEADER) - len(case))))
+        save_table(title, HEADER, table, args.out, setting + attempts.note())
+    write_table(title, HEADER, table, args.out, setting + attempts.note())
+    attempts.finish()
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    cuda = torch.cuda.is_available()
+    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"])
+    add("--cases", nargs="+", metavar="PxRxGxB", help="prompt, response, number of each")
+    add("--kv-heads", type=int)
+    add("--size", type=int, help="of a head")
+    add("--repeats", type=int, default=50)
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--out", type=Path, help="folder for the table")
+    return parser
+
+
+def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
+    tree = tree_of(case, args.device)
+    needs = Needs(
+        device=torch.device(args.device),
+        dtype=args.dtype,
+        implementation="sdpa",
+        head_dims=frozenset({args.size}),
+        windows=frozenset({None}),
+        features=frozenset(),
+    )
+    chains = BACKENDS["torch_varlen"].plan(tree, needs)["tree_chains"]
+    inputs, directions = tensors(tree, chains["num_keys"], args)
+    keys, path = chains["keys"], (chains["keys"], chains["places"], chains["starts"])
+    stretches = consecutive(keys)
+    ways = {
+        "index_select": lambda: [x.index_select(0, keys) for x in inputs],
+        "slices": lambda: [torch.cat([x[part] for part in stretches]) for x in inputs],
+        "library": lambda: gather_paths(*inputs, *path),
+    }
+    steps = {name: partial(step, way, inputs, directions) for name, way in ways.items()}
+    found = [torch.autograd.grad(way(), inputs, directions) for way in ways.values()]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=5e-2, rtol=5e-2)
+    peaks = {name: peak_of(call, needs.device) for name, call in steps.items()}
+    times = time_steps(steps, args)
+    return (
+        *case,
+        chains["num_keys"],
+        *(entry(times[way], 1e3) for way in WAYS),
+        times["index_select"] / times["library"],
+        times["slices"] / times["library"],
+        1.0,
+        *(entry(peaks[way], 2**-20) for way in WAYS),
+    )
+
+
+def tree_of(case: tuple[int, ...], device: str) -> PrefixTree:
+    prompt, response, responses, prompts = case
+    ids = torch.zeros(prompts, responses, prompt + response, dtype=torch.int64)
+    ids[:, :, :prompt] = torch.arange(prompts)[:, None, None]
+    ids[:, :, prompt:] = prompts + torch.arange(responses)[:, None]
+    return PrefixTree.from_rows(ids.flatten(0, 1)).to(device)
+
+
+def tensors(
+    tree: PrefixTree, num_keys: int, args: argparse.Namespace
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values `[N, heads, size]`, and gradients of the gathered ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tokens: int) -> Tensor:
+        shape = tokens, args.kv_heads, args.size
+        return torch.randn(shape, generator=generator).to(args.device, args.dtype)
+
+    inputs = [draw(tree.packed_tokens).requires_grad_() for _ in range(2)]
+    return inputs, [draw(num_keys) for _ in range(2)]
+
+
+def consecutive(keys: Tensor) -> list[slice]:
+    """The stretches of the packed row that the keys are of."""
+    cuts = (keys.diff() != 1).nonzero()[:, 0] + 1
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in keys.tensor_split(cuts.cpu())]
+
+
+if __name__ == "__main__":
+    main()
