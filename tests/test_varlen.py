@@ -240,20 +240,21 @@ def test_index_of_paths(batch):
         assert places[start:stop] == [i for i, key in enumerate(want) if key == token]
 
 
-def test_gathered_gradients_add_in_fp32():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gathered_gradients_add_in_fp32(device):
     """A prompt of many responses: a sum of 64 bf16 gradients that rounds once."""
     tree = PrefixTree.from_rows([[1, 2, 3, 10 + r] for r in range(64)])
-    x = torch.ones(tree.packed_tokens, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    shape, path = (tree.packed_tokens, 2, 8), [x.to(device) for x in path_index(tree)]
+    x = torch.ones(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
     grads = [torch.rand(64 * 4, 2, 8, generator=generator).bfloat16() for _ in range(2)]
     for n, grad in enumerate(grads):
-        (got,) = torch.autograd.grad(gather_paths(x, x, *path_index(tree))[n], x, grad)
+        (got,) = torch.autograd.grad(gather_paths(x, x, *path)[n], x, grad.to(device))
         # Of each key its token: the prompt's three, then the response's own.
         index = torch.tensor([[0, 1, 2, 3 + r] for r in range(64)]).flatten()
-        want = torch.zeros(tree.packed_tokens, 2, 8, dtype=torch.float64)
-        want.index_add_(0, index, grad.double())
+        want = torch.zeros(shape, dtype=torch.float64).index_add_(0, index, grad.double())
         digits = torch.finfo(torch.bfloat16).eps * 2 ** want.log2().floor()
-        assert ((got - want).abs() <= digits / 2).all()  # as near as bf16 comes
+        assert ((got.cpu() - want).abs() <= digits / 2).all()  # as near as bf16 comes
 
 
 def test_gathered_gradients():
