@@ -2,16 +2,18 @@
 
     python benchmarks/gathering.py [--cases 1024x256x2x4 ...] [--kv-heads 3] [--size 64]
 
-A case `PxRxGxB` is B prompts of P tokens with G responses of R each. `index_select` and `slices`
-(slices and `cat`) leave backward to autograd; the library selects, and sums the gradients of each
-token in one order. All copy the same bytes, so the ideal is 1; their gradients are checked to be
-the same. With few tokens it is the cost of starting kernels that is measured, which grows with the
-number of slices: of a layer on a GPU, it may be more than what the copies take.
+A case `PxRxGxB` is B prompts of P tokens with G responses of R each. `index_select` leaves backward
+to autograd, whose sums are atomic on CUDA. `slices` joins slices and adds their gradients in order,
+in fp32; the library selects and sums bags of embeddings, in order and in fp32 too. All copy the
+same bytes, so the ideal is 1; their gradients are checked to be the same. With few tokens it is the
+cost of starting kernels that is measured, which grows with the number of slices: of a layer on a
+GPU, it may be more than what the copies take.
 """
 
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from attention import step, time_steps
@@ -90,6 +92,11 @@ def options() -> argparse.ArgumentParser:
 
 
 def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
+    if case[2] < 2:
+        raise ValueError(
+            f"a prompt has {case[2]} responses, but must have two for its keys to be gathered; "
+            "give cases PxRxGxB with G of at least 2"
+        )
     tree = tree_of(case, args.device)
     needs = Needs(
         device=torch.device(args.device),
@@ -101,11 +108,11 @@ def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
     )
     chains = BACKENDS["torch_varlen"].plan(tree, needs)["tree_chains"]
     inputs, directions = tensors(tree, chains["num_keys"], args)
-    keys, path = chains["keys"], (chains["keys"], chains["places"], chains["starts"])
-    stretches = consecutive(keys)
+    path = chains["keys"], chains["places"], chains["starts"]
+    keys, stretches = path[0].long(), consecutive(path[0])
     ways = {
         "index_select": lambda: [x.index_select(0, keys) for x in inputs],
-        "slices": lambda: [torch.cat([x[part] for part in stretches]) for x in inputs],
+        "slices": lambda: [Slices.apply(x, stretches) for x in inputs],
         "library": lambda: gather_paths(*inputs, *path),
     }
     steps = {name: partial(step, way, inputs, directions) for name, way in ways.items()}
@@ -123,6 +130,26 @@ def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
         1.0,
         *(entry(peaks[way], 2**-20) for way in WAYS),
     )
+
+
+class Slices(torch.autograd.Function):
+    """Slices of `x`, end to end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stretches: list[slice]) -> Tensor:
+        ctx.stretches, ctx.shape = stretches, x.shape
+        return torch.cat([x[part] for part in stretches])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = torch.promote_types(grad.dtype, torch.float32)
+        sums = grad.new_zeros(ctx.shape, dtype=total)
+        at = 0
+        for part in ctx.stretches:
+            length = part.stop - part.start
+            sums[part] += grad[at : at + length]
+            at += length
+        return sums.to(grad.dtype), None
 
 
 def tree_of(case: tuple[int, ...], device: str) -> PrefixTree:

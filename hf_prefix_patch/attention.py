@@ -92,13 +92,15 @@ def _as_flash_casts(
     """What the attention of a model loaded with flash attention computes in, whichever backend
     serves it: where queries arrive in fp32 (PEFT may keep norms in fp32), transformers casts to
     autocast's type, else to that of the quantised model, else to that of the weights."""
+    if query.dtype != torch.float32:
+        return query, key, value
     config: Any = module.config.prefix_sharing_original  # type: ignore[union-attr]
-    if query.dtype != torch.float32 or not is_flash(config._attn_implementation):
+    if not is_flash(config._attn_implementation):
         return query, key, value
     dtype = autocast_dtype(query.device) or flash_dtype(config)
     if dtype is None:
-        linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
-        dtype = query.dtype if linear is None else linear.weight.dtype
+        weights = (m.weight for m in module.modules() if isinstance(m, nn.Linear))
+        dtype = next((x.dtype for x in weights if x.is_floating_point()), query.dtype)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

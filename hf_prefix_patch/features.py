@@ -119,18 +119,20 @@ def is_bitsandbytes(module: nn.Module) -> bool:
     return any(cls.__module__.partition(".")[0] == "bitsandbytes" for cls in type(module).__mro__)
 
 
-def is_flash(implementation: str) -> bool:
+def is_flash(implementation: str | None) -> bool:
     """Whether an attention implementation, as configs name them, is one of FlashAttention."""
-    return "flash" in implementation
+    return "flash" in (implementation or "")
 
 
 def flash_dtype(config: Any) -> torch.dtype | None:
     """The type that transformers' flash attention casts fp32 queries, keys and values of a
     quantised model to, where autocast is off; None for any other model or implementation."""
-    mark, dtype = versions.QUANTIZED
+    mark, name = versions.QUANTIZED
     if not is_flash(config._attn_implementation) or not hasattr(config, mark):
         return None
-    return getattr(config, dtype)  # type: ignore[no-any-return]
+    dtype: torch.dtype | str | None = getattr(config, name)
+    # Saving a model leaves a name there.
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def rope_depends_on_length(config: Any) -> bool:

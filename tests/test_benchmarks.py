@@ -442,12 +442,14 @@ def test_attention(module, tmp_path):
 
 
 def test_gathering(module, tmp_path):
-    """Three ways, each checked against the others, and a case that fails."""
+    """Three ways, each checked against the others, and a case with nothing to gather."""
     gathering = module("gathering")
     args = ["--device", "cpu", "--kv-heads", "1", "--size", "8", "--repeats", "1"]
-    given = [*args, "--threads", "1", "--cases", "6x4x3x2", "6x0x1x0", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match="failed: 6x0x1x0"):
+    given = [*args, "--threads", "1", "--cases", "6x4x3x2", "6x4x1x2", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="failed: 6x4x1x2"):
         gathering.main(given)
+    note = (tmp_path / "gathering-keys-and-values-on-cpu-1-threads.md").read_text()
+    assert "6x4x1x2 failed: ValueError: a prompt has 1 responses, but must have two" in note
     with (tmp_path / "gathering-keys-and-values-on-cpu-1-threads.csv").open(newline="") as file:
         line, failed = csv.DictReader(file)
     assert int(line["keys"]) == 2 * 3 * (6 + 4)

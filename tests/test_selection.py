@@ -191,6 +191,18 @@ def test_needs_follow_dtype_autocast_and_dropout():
         assert selection.needs_of(model, structure).dtype == torch.float16
 
 
+def test_needs_of_a_quantised_model_with_flash_attention():
+    """Weights around the layers in fp32 say nothing of what attention computes in."""
+    model = tiny_model().model
+    structure = selection.structure_of(model)
+    for mark in versions.QUANTIZED:
+        setattr(model.config, mark, torch.float16)
+    assert selection.needs_of(model, structure).dtype == torch.float32
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert selection.needs_of(model, structure).dtype == torch.float16
+    assert selection.needs_of(model.bfloat16(), structure).dtype == torch.bfloat16
+
+
 def test_dropout_of_the_gpt2_family():
     """Their configs call it otherwise, and it is on by default."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).transformer

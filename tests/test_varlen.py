@@ -49,7 +49,9 @@ class FlashModule(torch.nn.Module):
     def __init__(self, weights=torch.float64, **config):
         super().__init__()
         if weights is not None:
-            self.q_proj = torch.nn.Linear(2, 2, dtype=weights)
+            self.q_proj = torch.nn.Linear(2, 2)
+            weight = torch.ones(2, 2, dtype=weights)
+            self.q_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
         original = SimpleNamespace(_attn_implementation="flash_attention_2", **config)
         self.config = SimpleNamespace(prefix_sharing_original=original, prefix_sharing_slides=None)
 
@@ -115,6 +117,28 @@ def test_flash_with_sinks_equals_duplicated_rows(monkeypatch, batch, window):
     assert_attends_alike(FLASH, tree, inputs, sliding_window=window, s_aux=sinks)
 
 
+@pytest.mark.needs(transformers=">=4.55")
+def test_sinks_are_of_the_type_of_the_queries(monkeypatch):
+    calls = install_flash(monkeypatch, flash_with_sinks)
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    inputs = [x.detach().bfloat16() for x in packed_inputs(tree)]
+    attend(FLASH, tree, inputs, s_aux=torch.zeros(4))
+    assert calls[0]["s_aux"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_no_gradient_is_summed_for_what_is_frozen(monkeypatch, frozen):
+    """Keys of a first layer under an adapter on values, for one."""
+    summed = []
+    monkeypatch.setattr(varlen, "_sums", lambda grad, *path: summed.append(grad) or grad[:4])
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    inputs = [torch.randn(4, 1, 8, requires_grad=n != frozen) for n in range(2)]
+    gathered = gather_paths(*inputs, *path_index(tree))
+    sum(x.sum() for x in gathered).backward()
+    assert len(summed) == 1
+    assert inputs[frozen].grad is None
+
+
 @pytest.mark.parametrize("backend", [TORCH_VARLEN, FLASH])
 def test_narrow_value_heads(monkeypatch, backend):
     """Latent attention has smaller value heads; the kernels take one size."""
@@ -173,6 +197,9 @@ def test_flash_is_deterministic_where_torch_is(monkeypatch, deterministic, asked
         (torch.float32, {}, torch.float16, torch.float16),
         (torch.bfloat16, {}, torch.float16, torch.float16),
         (torch.float32, dict.fromkeys(versions.QUANTIZED, torch.float16), None, torch.float16),
+        (torch.float32, dict.fromkeys(versions.QUANTIZED, "float16"), None, torch.float16),
+        (torch.uint8, dict.fromkeys(versions.QUANTIZED), None, torch.float32),
+        (torch.float32, dict.fromkeys(versions.QUANTIZED, "float16"), *[torch.bfloat16] * 2),
     ],
 )
 def test_fp32_queries_are_cast_as_transformers_flash_attention_does(

@@ -185,17 +185,13 @@ class _GatherPaths(torch.autograd.Function):
         return key.index_select(0, keys), value.index_select(0, keys)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_key: Tensor, grad_value: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None]:
-        places, starts = ctx.saved_tensors
-        return (
-            _sums(grad_key, places, starts),
-            _sums(grad_value, places, starts),
-            None,
-            None,
-            None,
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        path = ctx.saved_tensors
+        sums = (
+            _sums(grad, *path) if needed else None
+            for grad, needed in zip((grad_key, grad_value), ctx.needs_input_grad, strict=False)
         )
+        return *sums, None, None, None
 
 
 def _sums(grad: Tensor, places: Tensor, starts: Tensor) -> Tensor:
