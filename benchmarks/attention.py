@@ -13,15 +13,22 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from math import inf
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from charts import grouped_bars
 from decoder import row_pairs, tree_pairs
-from measure import Attempts, entry, fill_in, flash_implementations, flash_name, medians
-from report import machine, save_table, write_table
+from measure import (
+    Attempts,
+    GrowingTable,
+    entry,
+    flash_implementations,
+    flash_name,
+    medians,
+    parse_call,
+)
+from report import machine
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
@@ -70,43 +77,38 @@ HEADER = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = options().parse_args(argv)
-    fill_in(args, DEFAULTS[args.device])
-    cases = [tuple(map(int, case.split("x"))) for case in args.cases]
-
-    threads = f", {args.threads} threads" if args.device == "cpu" else ""
-    setting = f"{machine(args.device)}{threads}, {args.heads} query and {args.kv_heads} key heads "
-    setting += f"of {args.size}, {str(args.dtype).removeprefix('torch.')}, forward and backward, "
-    setting += f"median of {args.repeats}"
-    suffix = f"{args.device}, {args.threads} threads" if args.device == "cpu" else args.device
-    title = f"Attention alone on {suffix}"
-    table: list[tuple] = []
-    attempts = Attempts()
-    for case in tqdm(cases, desc="cases"):
-        part = "x".join(map(str, case))
+    args = parse_call(options(), argv, DEFAULTS)
+    heads = f"{args.heads} query and {args.kv_heads} key heads"
+    table = table_of("Attention alone", heads, HEADER, args)
+    attempts = table.attempts
+    for part in tqdm(args.cases, desc="cases"):
+        case = tuple(map(int, part.split("x")))
         lines = attempts(part, partial(attention_lines, case, args, attempts, part))
         if lines is None:
             lines = [(*case, "-", *[attempts.word(part)] * (len(HEADER) - 4))]
-        table += lines
-        save_table(title, HEADER, table, args.out, setting + attempts.note())
-    setting += attempts.note()
-    write_table(title, HEADER, table, args.out, setting, partial(draw, table=table))
-    attempts.finish()
+        table.add(lines)
+    table.finish(partial(draw, table=table.lines))
+
+
+def table_of(
+    name: str, heads: str, header: tuple[str, ...], args: argparse.Namespace
+) -> GrowingTable:
+    """For calls on such heads."""
+    threads = f", {args.threads} threads" if args.device == "cpu" else ""
+    setting = f"{machine(args.device)}{threads}, {heads} of {args.size}, "
+    setting += f"{str(args.dtype).removeprefix('torch.')}, forward and backward, "
+    setting += f"median of {args.repeats}"
+    return GrowingTable(f"{name} on {args.device}{threads}", header, args.out, setting)
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    cuda = torch.cuda.is_available()
-    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    add("--dtype", choices=["float32", "bfloat16", "float16"])
     add("--cases", nargs="+", metavar="PxRxG", help="prompt, response, number of responses")
     add("--heads", type=int)
     add("--kv-heads", type=int)
     add("--size", type=int, help="of a head")
     add("--repeats", type=int)
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--out", type=Path, help="folder for tables and chart")
     return parser
 
 
@@ -117,7 +119,8 @@ def attention_lines(
 
     A call that fails is a part of its own, and the others go on without it.
     """
-    rows, tree = tree_of(case, args.device)
+    prompt, response, responses = case
+    tree = tree_of(*case).to(args.device)
     inputs = random_inputs(tree, args)
     on_rows = [rows_of(tree, x) for x in inputs]
     calls = unshared_calls(on_rows, args) | shared_calls(tree, inputs, args, attempts, part)
@@ -136,7 +139,7 @@ def attention_lines(
         if name in plain:
             found.outputs[name] = tree.pack(found.outputs[name])
     best = min(plain, key=lambda name: found.seconds.get(name, inf))
-    ideal = row_pairs(rows.shape[1:] * len(rows)) / tree_pairs(tree)
+    ideal = row_pairs([prompt + response] * responses) / tree_pairs(tree)
     return [
         (*case, name, *entries(name, best, 1.0 if name in plain else ideal, found))
         for name in calls
@@ -192,13 +195,12 @@ def entries(name: str, best: str, ideal: float, found: Found) -> tuple:
     )
 
 
-def tree_of(case: tuple[int, ...], device: str) -> tuple[Tensor, PrefixTree]:
-    prompt, response, responses = case
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 50_000, (responses, prompt + response), generator=generator)
-    ids[:, :prompt] = ids[0, :prompt]
-    ids[:, prompt] = torch.arange(responses)
-    return ids, PrefixTree.from_rows(ids).to(device)
+def tree_of(prompt: int, response: int, responses: int, prompts: int = 1) -> PrefixTree:
+    """Of so many prompts with so many responses each."""
+    ids = torch.zeros(prompts, responses, prompt + response, dtype=torch.int64)
+    ids[:, :, :prompt] = torch.arange(prompts)[:, None, None]
+    ids[:, :, prompt:] = prompts + torch.arange(responses)[:, None]
+    return PrefixTree.from_rows(ids.flatten(0, 1))
 
 
 def random_inputs(tree: PrefixTree, args: argparse.Namespace) -> list[Tensor]:

@@ -12,19 +12,16 @@ GPU, it may be more than what the copies take.
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from attention import step, time_steps
-from measure import Attempts, entry, fill_in
-from report import machine, save_table, write_table
+from attention import needs_of, step, table_of, time_steps, tree_of
+from measure import parse_call
 from torch import Tensor
 from tqdm import tqdm
 
 from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.attention import BACKENDS
-from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.backends.varlen import gather_paths
 from hf_prefix_patch.measuring import peak_of
 
@@ -58,36 +55,23 @@ HEADER = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = options().parse_args(argv)
-    fill_in(args, DEFAULTS[args.device])
-    threads = f", {args.threads} threads" if args.device == "cpu" else ""
-    setting = f"{machine(args.device)}{threads}, {args.kv_heads} key heads of {args.size}, "
-    setting += f"{str(args.dtype).removeprefix('torch.')}, forward and backward, median of "
-    setting += str(args.repeats)
-    title = f"Gathering keys and values on {args.device}{threads}"
-    table: list[tuple] = []
-    attempts = Attempts()
-    for name in tqdm(args.cases, desc="cases"):
-        case = tuple(map(int, name.split("x")))
-        line = attempts(name, partial(gather_line, case, args))
-        table.append(line or (*case, *[attempts.word(name)] * (len(HEADER) - len(case))))
-        save_table(title, HEADER, table, args.out, setting + attempts.note())
-    write_table(title, HEADER, table, args.out, setting + attempts.note())
-    attempts.finish()
+    args = parse_call(options(), argv, DEFAULTS)
+    table = table_of("Gathering keys and values", f"{args.kv_heads} key heads", HEADER, args)
+    attempts = table.attempts
+    for part in tqdm(args.cases, desc="cases"):
+        case = tuple(map(int, part.split("x")))
+        line = attempts(part, partial(gather_line, case, args))
+        table.add([line or (*case, *[attempts.word(part)] * (len(HEADER) - len(case)))])
+    table.finish()
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    cuda = torch.cuda.is_available()
-    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    add("--dtype", choices=["float32", "bfloat16", "float16"])
     add("--cases", nargs="+", metavar="PxRxGxB", help="prompt, response, number of each")
     add("--kv-heads", type=int)
     add("--size", type=int, help="of a head")
     add("--repeats", type=int, default=50)
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--out", type=Path, help="folder for the table")
     return parser
 
 
@@ -97,15 +81,7 @@ def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
             f"a prompt has {case[2]} responses, but must have two for its keys to be gathered; "
             "give cases PxRxGxB with G of at least 2"
         )
-    tree = tree_of(case, args.device)
-    needs = Needs(
-        device=torch.device(args.device),
-        dtype=args.dtype,
-        implementation="sdpa",
-        head_dims=frozenset({args.size}),
-        windows=frozenset({None}),
-        features=frozenset(),
-    )
+    tree, needs = tree_of(*case).to(args.device), needs_of(args)
     chains = BACKENDS["torch_varlen"].plan(tree, needs)["tree_chains"]
     inputs, directions = tensors(tree, chains["num_keys"], args)
     path = chains["keys"], chains["places"], chains["starts"]
@@ -124,11 +100,11 @@ def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
     return (
         *case,
         chains["num_keys"],
-        *(entry(times[way], 1e3) for way in WAYS),
+        *(1e3 * times[way] for way in WAYS),
         times["index_select"] / times["library"],
         times["slices"] / times["library"],
         1.0,
-        *(entry(peaks[way], 2**-20) for way in WAYS),
+        *(peaks[way] / 2**20 for way in WAYS),
     )
 
 
@@ -150,14 +126,6 @@ class Slices(torch.autograd.Function):
             sums[part] += grad[at : at + length]
             at += length
         return sums.to(grad.dtype), None
-
-
-def tree_of(case: tuple[int, ...], device: str) -> PrefixTree:
-    prompt, response, responses, prompts = case
-    ids = torch.zeros(prompts, responses, prompt + response, dtype=torch.int64)
-    ids[:, :, :prompt] = torch.arange(prompts)[:, None, None]
-    ids[:, :, prompt:] = prompts + torch.arange(responses)[:, None]
-    return PrefixTree.from_rows(ids.flatten(0, 1)).to(device)
 
 
 def tensors(

@@ -19,6 +19,7 @@ from charts import heat_maps
 from decoder import build_decoder, row_pairs, step_flops, tree_pairs
 from measure import (
     Attempts,
+    GrowingTable,
     Side,
     entry,
     fits,
@@ -29,7 +30,6 @@ from measure import (
     time_in_turn,
     unshared_sides,
 )
-from report import save_table, write_table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -86,10 +86,6 @@ def main(argv: list[str] | None = None) -> None:
         args.shape, args.device, args.dtype, checkpointing=args.checkpointing, frozen=args.frozen
     )
     plain, shared = unshared_sides(args.device), shared_sides(model, args.backends)
-    attempts = Attempts()
-    for side in (*plain, *shared):
-        attempts(f"{side.name}, warm-up", partial(warm_up, model, [side]))
-    table: list[tuple] = []
     names = [[side.name for side in sides] for sides in (plain, shared)]
     sizes = [(prompt, response) for prompt in args.prompts for response in args.responses]
     title = f"One pair, {args.shape} decoder on {args.device}"
@@ -97,14 +93,14 @@ def main(argv: list[str] | None = None) -> None:
     note = f"{setting(args)}, median of {args.repeats}; flash-pref: flash-pref 0.1.1 README, "
     note += "Qwen2.5-7B, A800, checkpointing, one pair; unshared attention: "
     note += ", ".join(side.attention for side in plain)
+    table = GrowingTable(title, HEADER, args.out, note)
+    for side in (*plain, *shared):
+        table.attempts(f"{side.name}, warm-up", partial(warm_up, model, [side]))
     for size in tqdm(sizes, desc="prompt x response"):
-        cell = measure(model, plain, shared, size, args.repeats, attempts)
+        cell = measure(model, plain, shared, size, args.repeats, table.attempts)
         ideal = ideal_ratio(model, random_pair(*size, model)[0], args)
-        table += cell_lines(cell, size, *names, ideal)
-        save_table(title, HEADER, table, args.out, note + attempts.note())
-    note += attempts.note()
-    write_table(title, HEADER, table, args.out, note, lambda figure: draw(figure, table))
-    attempts.finish()
+        table.add(cell_lines(cell, size, *names, ideal))
+    table.finish(lambda figure: draw(figure, table.lines))
 
 
 def options() -> argparse.ArgumentParser:

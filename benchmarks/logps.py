@@ -14,13 +14,12 @@ over the largest gradient.
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import OUT_OF_MEMORY, entry, fill_in, fits, medians
-from report import machine, save_table, write_table
+from measure import OUT_OF_MEMORY, GrowingTable, entry, fits, medians, parse_call
+from report import machine
 from torch import Tensor
 from tqdm import tqdm
 
@@ -61,36 +60,28 @@ HEADER = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = options().parse_args(argv)
-    fill_in(args, DEFAULTS[args.device])
+    args = parse_call(options(), argv, DEFAULTS)
     sizes = [(h, c) for h in args.hidden for c in args.tokens]
     where = f"{args.device}, {args.threads} threads" if args.device == "cpu" else args.device
     setting = f"{machine(args.device)}, {str(args.dtype).removeprefix('torch.')}, vocabulary of "
     setting += f"{args.vocab}, forward and backward, median of {args.repeats}"
-    title = f"Log-probs against full logits on {where}"
-    table: list[tuple] = []
+    table = GrowingTable(f"Log-probs against full logits on {where}", HEADER, args.out, setting)
     for hidden, tokens in tqdm(sizes, desc="hidden x tokens"):
         batch = random_batch(hidden, tokens, args)
         truth = run_in_fp64(batch)
         for trained in (False, True):
-            table += lines(batch, truth, trained, args.repeats)
-        save_table(title, HEADER, table, args.out, setting)
-    write_table(title, HEADER, table, args.out, setting, lambda figure: draw(figure, table))
+            table.add(lines(batch, truth, trained, args.repeats))
+    table.finish(lambda figure: draw(figure, table.lines))
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    cuda = torch.cuda.is_available()
-    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, or float32")
     add("--vocab", type=int, default=128256, help="tokens in the vocabulary; that of Llama 3")
     add("--hidden", type=int, nargs="+", help="sizes of a hidden state")
     add("--tokens", type=int, nargs="+", help="completion tokens of the batch")
     add("--prompt-tokens", type=int, help="of the batch")
     add("--repeats", type=int)
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--out", type=Path, help="folder for table and chart")
     return parser
 
 

@@ -6,7 +6,7 @@ import gc
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from decoder import SHAPES
-from report import machine
+from report import machine, save_table, write_table
 from transformers import PreTrainedModel, utils
 
 from hf_prefix_patch import enable_prefix_sharing
@@ -34,32 +34,37 @@ DEFAULTS = {
 def parse(
     parser: argparse.ArgumentParser, argv: list[str] | None, defaults: dict[str, dict[str, Any]]
 ) -> argparse.Namespace:
-    """Add the common options, parse, and fill in what was not given by the device's defaults.
+    """`parse_call` with the options of a decoder as well.
 
     Gradient checkpointing is an option of those benchmarks that have a default for it.
     """
     add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, or float32")
     add("--shape", choices=SHAPES, help="size of the decoder")
     frozen = "no gradients of weights, as under LoRA"
     add("--frozen", action=argparse.BooleanOptionalAction, help=frozen)
     if "checkpointing" in defaults["cpu"]:
         add("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
+    both = {device: DEFAULTS[device] | defaults[device] for device in defaults}
+    return parse_call(parser, argv, both)
+
+
+def parse_call(
+    parser: argparse.ArgumentParser, argv: list[str] | None, defaults: dict[str, dict[str, Any]]
+) -> argparse.Namespace:
+    """Add the common options, parse, and fill in what was not given by the device's defaults; then
+    the dtype itself, and the threads of the CPU."""
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, or float32")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--out", type=Path, help="folder for table and chart")
     args = parser.parse_args(argv)
-    fill_in(args, DEFAULTS[args.device] | defaults[args.device])
-    return args
-
-
-def fill_in(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
-    """Options that were not given; then the dtype itself, and the threads of the CPU."""
-    for name, value in defaults.items():
+    for name, value in defaults[args.device].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
+    return args
 
 
 def keep_freed_memory() -> None:
@@ -206,6 +211,33 @@ class Attempts:
         """Exit with status 1 if a part failed other than for want of memory."""
         if self.errors:
             sys.exit(f"failed: {', '.join(self.errors)}")
+
+
+class GrowingTable:
+    """The table of a long run, saved after every line.
+
+    Attributes:
+        attempts: at its parts; those that fail are named beside the setting.
+        lines: so far.
+    """
+
+    def __init__(self, title: str, header: tuple[str, ...], out: Path | None, setting: str) -> None:
+        self.attempts = Attempts()
+        self.lines: list[tuple] = []
+        self._title, self._header, self._out, self._setting = title, header, out, setting
+
+    def add(self, lines: Iterable[tuple]) -> None:
+        self.lines += lines
+        save_table(*self._arguments())
+
+    def finish(self, draw: Callable[[Any], None] | None = None) -> None:
+        """Print it, and draw its chart; then as `Attempts.finish`."""
+        write_table(*self._arguments(), draw)
+        self.attempts.finish()
+
+    def _arguments(self) -> tuple[Any, ...]:
+        setting = self._setting + self.attempts.note()
+        return self._title, self._header, self.lines, self._out, setting
 
 
 def entry(value: float | None, factor: float = 1.0, missing: str = OUT_OF_MEMORY) -> float | str:

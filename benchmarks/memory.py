@@ -18,8 +18,7 @@ from typing import Any
 from charts import lines_to_limit
 from decoder import build_decoder
 from grid import random_pair, step, warm_up
-from measure import Attempts, Side, entry, fits, parse, peak_memory, setting
-from report import save_table, write_table
+from measure import GrowingTable, Side, entry, fits, parse, peak_memory, setting
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -47,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     title += ", weights frozen" if args.frozen else ""
     note = f"{setting(args)}, one pair, responses of {args.response} tokens, prompts in steps of "
     note += f"{args.grain}; budget and GiB are beyond the weights and their gradients"
-    table: list[tuple] = []
+    table = GrowingTable(title, HEADER, args.out, note)
+    attempts = table.attempts
     lines: dict[str, dict[int, float]] = {}
-    attempts = Attempts()
     for checkpointing in (False, True):
         model = build_decoder(
             args.shape, args.device, args.dtype, checkpointing=checkpointing, frozen=args.frozen
@@ -62,12 +61,9 @@ def main(argv: list[str] | None = None) -> None:
             found.append(measured or attempts.word(name))
             if measured:
                 lines[name] = measured
-        table.append(line(word, found, args.budget))
-        save_table(title, HEADER, table, args.out, note + attempts.note())
+        table.add([line(word, found, args.budget)])
         del model
-    note += attempts.note()
-    write_table(title, HEADER, table, args.out, note, lambda figure: draw(figure, lines, args))
-    attempts.finish()
+    table.finish(lambda figure: draw(figure, lines, args))
 
 
 def options() -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from charts import grouped_bars
 from decoder import build_decoder, row_pairs, step_flops, tree_pairs
-from measure import Attempts, Side, parse, peak_memory, setting, time_in_turn
+from measure import GrowingTable, Side, parse, peak_memory, setting, time_in_turn
 from pairs import (
     MODES,
     Batch,
@@ -37,7 +37,6 @@ from pairs import (
     renumber,
     synthetic_pairs,
 )
-from report import save_table, write_table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
@@ -97,14 +96,12 @@ def main(argv: list[str] | None = None) -> None:
     note += f"at most {args.max_length} tokens a row, vocabulary {model.config.vocab_size}"
     note += f", median of {args.repeats} for each batch"
     note += "" if args.data else f", lengths log-normal with sigma {args.sigma}"
-    table, attempts = [], Attempts()
+    table = GrowingTable(title, header, args.out, note)
+    attempts = table.attempts
     for name, pairs in named_sets(args, model.config.vocab_size):
         totals = attempts(name, partial(measure_set, model, pairs, args, name))
-        table.append(line(name, pairs, totals, attempts.word(name)))
-        save_table(title, header, table, args.out, note + attempts.note())
-    note += attempts.note()
-    write_table(title, header, table, args.out, note, lambda figure: draw(figure, table))
-    attempts.finish()
+        table.add([line(name, pairs, totals, attempts.word(name))])
+    table.finish(lambda figure: draw(figure, table.lines))
 
 
 def options() -> argparse.ArgumentParser:

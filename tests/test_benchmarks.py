@@ -408,7 +408,7 @@ def test_inputs_of_attention_are_laid_out_by_tokens(module):
     """On both sides, as models hand them on: flat rows and packed tokens are views."""
     attention = module("attention")
     args = Namespace(device="cpu", dtype=torch.float32, heads=3, kv_heads=1, size=8)
-    _, tree = attention.tree_of((40, 8, 2), "cpu")
+    tree = attention.tree_of(40, 8, 2)
     packed = attention.random_inputs(tree, args)
     assert [x.shape for x in packed] == [(1, 3, 56, 8), (1, 1, 56, 8), (1, 1, 56, 8)]
     for x in packed:
@@ -464,7 +464,7 @@ def test_gathering(module, tmp_path):
 def test_slices_that_are_gathered(module):
     """Those that the keys are consecutive in: of each row its prompt, then what follows."""
     gathering = module("gathering")
-    tree = gathering.tree_of((6, 4, 2, 2), "cpu")
+    tree = gathering.tree_of(6, 4, 2, 2)
     assert (tree.packed_tokens, tree.row_tokens) == (2 * 14, 4 * 10)
     keys = torch.tensor([0, 1, 2, 6, 7, 0, 1, 2, 8])
     assert gathering.consecutive(keys) == [slice(0, 3), slice(6, 8), slice(0, 3), slice(8, 9)]
@@ -538,7 +538,7 @@ def test_flash_in_the_attention_benchmark(module, monkeypatch):
     served = dataclasses.replace(flash, unserved=lambda needs: None)
     monkeypatch.setitem(attention.BACKENDS, "flash", served)
     args = Namespace(device="cpu", dtype=torch.bfloat16, heads=3, kv_heads=1, size=8)
-    _, tree = attention.tree_of((40, 8, 2), "cpu")
+    tree = attention.tree_of(40, 8, 2)
     inputs = attention.random_inputs(tree, args)
     calls = attention.unshared_calls([attention.rows_of(tree, x) for x in inputs], args)
     attempts = module("measure").Attempts()

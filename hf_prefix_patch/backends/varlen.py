@@ -203,17 +203,18 @@ def _sums(grad: Tensor, places: Tensor, starts: Tensor) -> Tensor:
 def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
     """Boundaries of chains and paths for the kernel, `[C+1]` int32, and what `gather_paths` takes
     where paths are longer than their chains."""
-    blocks = np.array(chain_blocks(tree))
-    stops, first = np.unique(blocks[:, 1], return_index=True)
-    lengths = np.add.reduceat(blocks[:, 3] - blocks[:, 2], first)
+    blocks = chain_blocks(tree)
+    _, stops, key_starts, key_stops = np.array(blocks).T
+    stops, first = np.unique(stops, return_index=True)
+    lengths = np.add.reduceat(key_stops - key_starts, first)
     num_keys = int(lengths.sum())
     arrays = {
         "cu_seqlens_q": np.append(0, stops),
         "cu_seqlens_k": np.append(0, lengths.cumsum()),
     }
     if num_keys != tree.packed_tokens:
-        arrays |= _paths(blocks[:, 2:].tolist(), num_keys, tree.packed_tokens)
-    tensors = {name: torch.from_numpy(x.astype(np.int32, copy=False)) for name, x in arrays.items()}
+        arrays |= _paths([block[2:] for block in blocks])
+    tensors = {name: torch.from_numpy(x.astype(np.int32)) for name, x in arrays.items()}
     chains = {
         **{name: varying(to_device(x, needs.device)) for name, x in tensors.items()},
         "max_seqlen_q": int(np.diff(stops, prepend=0).max()),
@@ -223,25 +224,12 @@ def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
     return {"tree_chains": chains}
 
 
-def _paths(stretches: list[list[int]], num_keys: int, num_tokens: int) -> dict[str, Any]:
+def _paths(stretches: list[tuple[int, int]]) -> dict[str, Any]:
     """`keys`, `places` and `starts` of `gather_paths`, from the stretches of all paths."""
-    changes = np.zeros(num_tokens, np.int32)  # of the number of paths, from a token to the next
-    for start, stop in stretches:
-        changes[start] += 1
-        if stop < num_tokens:
-            changes[stop] -= 1
-    copies = changes.cumsum(dtype=np.int32)
-    starts = copies.cumsum(dtype=np.int32) - copies
-    count = np.arange(num_keys, dtype=np.int32)
-    keys, places = np.empty_like(count), np.empty_like(count)
-    free, at = starts.copy(), 0
-    for start, stop in stretches:
-        to = at + stop - start
-        keys[at:to] = count[start:stop]
-        places[free[start:stop]] = count[at:to]
-        free[start:stop] += 1
-        at = to
-    return {"keys": keys, "places": places, "starts": starts}
+    keys = np.concatenate([np.arange(*stretch, dtype=np.int32) for stretch in stretches])
+    copies = np.bincount(keys)
+    places = keys.argsort(kind="stable")
+    return {"keys": keys, "places": places, "starts": copies.cumsum() - copies}
 
 
 def _torch_varlen_unserved(needs: Needs) -> str | None:
