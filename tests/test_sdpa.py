@@ -59,7 +59,7 @@ def test_groups_share_one_call_on_their_prompt():
     """Eight responses of a prompt, three calls: the prompt, the triangles of the responses, and one
     tile of them all on the prompt."""
     tree = PrefixTree.from_rows([[1, 2, 3, 10 + r, 20 + r] for r in range(8)])
-    calls = cpu._calls(as_tensor(segment_blocks(tree)), key_heads=4)
+    calls = cpu._calls(as_tensor(segment_blocks(tree)), 4, torch.float32)
     prompt, responses = cpu.Tiles(0, 3), cpu.Tiles(3, 2, 8, 2)
     assert calls == [
         cpu.Call(prompt, prompt, causal=True),
@@ -70,9 +70,10 @@ def test_groups_share_one_call_on_their_prompt():
 
 @pytest.mark.parametrize("length", [511, 512, 700, 1024, 1300, 2900])
 @pytest.mark.parametrize(("key_heads", "threads"), [(3, 2), (4, 2), (2, 8)])
-def test_tiles_cover_what_is_visible_once(monkeypatch, length, key_heads, threads):
-    """Long chains are halved; with threads that key heads would leave idle, queries are split as
-    well, and a number that does not divide leaves some over."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_cover_what_is_visible_once(monkeypatch, length, key_heads, threads, dtype):
+    """Long chains are halved and what is left cut into strips; with threads that key heads would
+    leave idle, queries are split as well, and a number that does not divide leaves some over."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rows = [list(range(length)), [*range(length - 300), *range(5000, 5400)]]
     rows[0] += [0] * (max(map(len, rows)) - length)
@@ -87,11 +88,11 @@ def test_tiles_cover_what_is_visible_once(monkeypatch, length, key_heads, thread
     n = tree.packed_tokens
     index = torch.arange(n, dtype=torch.float64).view(1, 1, n, 1)
     scores = torch.zeros(n, n, dtype=torch.int64)
-    for call in cpu._calls(as_tensor(segment_blocks(tree)), key_heads):
+    for call in cpu._calls(as_tensor(segment_blocks(tree)), key_heads, dtype):
         queries, keys = (x.of(index)[:, 0, :, 0].long() for x in (call.queries, call.keys))
         for q, k in zip(queries, keys.expand(len(queries), -1), strict=True):
             seen = torch.ones(len(q), len(k), dtype=torch.int64)
-            scores[q[:, None], k] += seen.tril() if call.causal else seen
+            scores[q[:, None], k] += seen.tril(len(k) - len(q)) if call.causal else seen
     inputs = [torch.eye(n, dtype=torch.float64)[None, None] for _ in range(3)]
     weights = duplicated_rows_attention(tree, *inputs, scaling=0.0)[0, :, 0]
     assert torch.equal(scores > 0, weights > 0)
@@ -107,14 +108,33 @@ def test_tiles_that_keep_the_threads_busy(key_heads, threads, number):
     assert cpu._even_tiles(key_heads, threads) == number
 
 
-def test_triangles_come_in_calls_of_some_500_tokens(monkeypatch):
-    """And of as many tiles as the threads need."""
-    tree = PrefixTree.from_rows([list(range(2048))])
-    for threads, tiles in [(1, 2), (4, 4)]:
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        calls = cpu._calls(as_tensor(segment_blocks(tree)), key_heads=1)
-        numbers = [call.queries.number for call in calls if call.causal]
-        assert numbers == [tiles] * (8 // tiles)
+def test_tiles_of_all_segments_are_cut_into_strips_together():
+    """1,024 tokens are four tiles, two responses of 256 two more: four calls for all six, of which
+    the first is square."""
+    rows = [[*range(1024), *[2000 + r] * 256] for r in range(2)]
+    calls = cpu._calls(as_tensor(segment_blocks(PrefixTree.from_rows(rows))), 9, torch.float32)
+    assert [call for call in calls if call.causal] == [
+        cpu.Call(cpu.Tiles(first, 64, 6, 256), cpu.Tiles(0, first + 64, 6, 256), causal=True)
+        for first in (0, 64, 128, 192)
+    ]
+
+
+def test_the_last_strip_takes_what_is_left_over():
+    strips = list(cpu._strips(cpu.Tiles(100, 150), 64))
+    assert [strip.queries for strip in strips] == [cpu.Tiles(100, 64), cpu.Tiles(164, 86)]
+    assert [strip.keys for strip in strips] == [cpu.Tiles(100, 64), cpu.Tiles(100, 150)]
+
+
+def test_half_precision_is_halved_later_and_not_cut():
+    tree = PrefixTree.from_rows([list(range(2500))])
+    calls = cpu._calls(as_tensor(segment_blocks(tree)), 9, torch.bfloat16)
+    first, rest = cpu.Tiles(0, 1024, 2, 1024), cpu.Tiles(2048, 452)
+    assert calls == [
+        cpu.Call(first, first, causal=True),
+        cpu.Call(rest, rest, causal=True),
+        cpu.Call(cpu.Tiles(1024, 1024, 1, 2048), cpu.Tiles(0, 1024, 1, 2048)),
+        cpu.Call(rest, cpu.Tiles(0, 2048)),
+    ]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])

@@ -2,7 +2,8 @@
 
 A segment attends to itself, causal, and all of its descendants together to the whole of it. Long
 segments are halved again and again: two causal halves, and a whole tile of the later queries on the
-earlier keys, until little is left of what a causal kernel computes and masks.
+earlier keys. Of what is left the kernel would compute all scores, as its causal mode skips whole
+blocks of 512 keys only: it is cut into strips of queries, each on the keys up to its end.
 Outputs over several tiles are merged by their log-sum-exp (Milakov and Gimelshein,
 arXiv 1805.02867); backward gives the kernel the merged output and log-sum-exp, with which the
 gradients of a tile are those within the whole softmax (Dao et al., arXiv 2205.14135, section 3).
@@ -26,8 +27,17 @@ from hf_prefix_patch.backends.base import HALF, as_blocks, rows_contiguous
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-_TILE = 256  # queries of a causal tile at least, where a segment is halved
-_TOGETHER = 512  # queries of a causal call, about: merged before they leave the cache
+
+class Sizes(NamedTuple):
+    """Queries of a call, at least: of a causal tile, and of a strip that a tile is cut into."""
+
+    tile: int
+    strip: int
+
+
+_SIZES = Sizes(tile=256, strip=64)
+# In half precision the kernel is slow at few queries, most of all in backward: no strips there.
+_HALF_SIZES = Sizes(tile=1024, strip=2048)
 _SHORTEST = 32  # queries of a tile that is split off for a thread: the kernel's own least
 
 
@@ -51,11 +61,11 @@ class Tiles(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Scores that one kernel call computes; whole tiles of keys, or causal."""
+    """Scores that one kernel call computes; whole tiles of keys, or up to the query's own."""
 
     queries: Tiles
     keys: Tiles
-    causal: bool = False
+    causal: bool = False  # aligned bottom-right
 
 
 @torch.library.custom_op("hf_prefix_patch::cpu_attention", mutates_args=())
@@ -76,9 +86,9 @@ def cpu_attention(
     output = query.new_empty((1, tokens, heads, size), dtype=exact)
     lse = query.new_empty((1, tokens, heads), dtype=exact)
     whole = output.transpose(1, 2), lse.transpose(1, 2)[..., None]
-    for call in _calls(blocks, key.shape[1]):
-        queries, keys, values = _inputs(call, query, key, value)
-        part, part_lse = _forward(queries, keys, values, 0.0, call.causal, scale=scaling)
+    for call in _calls(blocks, key.shape[1], key.dtype):
+        inputs, seen = _inputs(call, query, key, value)
+        part, part_lse = _forward(*inputs, **seen, scale=scaling)
         merged, merged_lse = (call.queries.of(x) for x in whole)
         part_lse = part_lse[..., None]
         if call.causal:  # those come first, and cover every token once
@@ -106,25 +116,25 @@ def cpu_attention_backward(
     exact = torch.promote_types(query.dtype, torch.float32)
     # Laid out by tokens, as the kernel lays out its parts.
     grads = [_by_tokens(x, exact) for x in (query, key, value)]
+    for x in grads[1:]:
+        x.zero_()
     grad, output, lse = (x.transpose(1, 2) for x in (grad, output, lse))
     lse = lse[..., None]
-    for call in _calls(blocks, key.shape[1]):
-        queries, keys, values = _inputs(call, query, key, value)
+    for call in _calls(blocks, key.shape[1], key.dtype):
+        inputs, seen = _inputs(call, query, key, value)
         parts = _backward(
             call.queries.of(grad),
-            queries,
-            keys,
-            values,
+            *inputs,
             call.queries.of(output),
             call.queries.of(lse)[..., 0],
-            0.0,
-            call.causal,
+            dropout_p=0.0,
+            **seen,
             scale=scaling,
         )
         places = (call.queries, call.keys, call.keys)
         for total, part, place in zip(grads, parts, places, strict=True):
             tiles = place.of(total)
-            if call.causal:
+            if call.causal and total is grads[0]:
                 tiles.copy_(part)
                 continue
             # Keys that several tiles of queries see have a gradient of each.
@@ -153,34 +163,52 @@ def _by_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
-def _inputs(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(
+    call: Call, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """What the kernel takes of them, and its options for what queries see."""
     queries, keys, values = call.queries.of(query), call.keys.of(key), call.keys.of(value)
-    count = queries.shape[0]
+    count, length, seen = queries.shape[0], queries.shape[2], keys.shape[2]
     if keys.shape[0] < count:
         keys, values = (x.expand(count, -1, -1, -1) for x in (keys, values))
-    return queries, keys, values
+    mask = None
+    if call.causal and seen > length:  # where the kernel's own mask is aligned top-left
+        mask = query.new_full((length, seen), float("-inf")).triu_(seen - length + 1)
+    options = {"is_causal": call.causal and mask is None, "attn_mask": mask}
+    return (queries, keys, values), options
 
 
-def _calls(blocks: Tensor, key_heads: int) -> list[Call]:
-    """The causal calls of all segments, which cover every token once, then what is seen whole."""
+def _calls(blocks: Tensor, key_heads: int, dtype: torch.dtype) -> list[Call]:
+    """The causal calls of all segments, which cover every query once, then what is seen whole."""
+    sizes = _HALF_SIZES if dtype in HALF else _SIZES
     even = _even_tiles(key_heads, torch.get_num_threads())
-    causal: list[Call] = []
+    causal: list[Tiles] = []
     whole: list[Call] = []
     for q0, q1, k0, k1 in as_blocks(blocks):
         if (q0, q1) != (k0, k1):
             whole.append(Call(Tiles(q0, q1 - q0), Tiles(k0, k1 - k0)))
             continue
-        for call in _halves(q0, q1):
+        for call in _halves(q0, q1, sizes.tile):
             if not call.causal:
                 whole.append(call)
-            elif causal and _room(causal[-1].queries, call.queries.length, even):
+            elif causal and causal[-1].length == call.queries.length:
                 # Right after it, as segments are in order and cover the packed row.
-                start, length, number, _ = causal[-1].queries
-                joined = Tiles(start, length, number + 1, length)
-                causal[-1] = Call(joined, joined, causal=True)
+                start, length, number, _ = causal[-1]
+                causal[-1] = Tiles(start, length, number + 1, length)
             else:
-                causal.append(call)
-    return causal + [piece for call in whole for piece in _pieces(call, even)]
+                causal.append(call.queries)
+    strips = [strip for tiles in causal for strip in _strips(tiles, sizes.strip)]
+    return strips + [piece for call in whole for piece in _pieces(call, even)]
+
+
+def _strips(tiles: Tiles, size: int) -> Iterator[Call]:
+    """Causal attention of tiles, the strips of all of them that lie alike in one call; the last
+    takes what is left over."""
+    start, length, number, period = tiles
+    starts = range(0, max(1, length - size + 1), size)
+    for first, stop in zip(starts, [*starts[1:], length], strict=True):
+        queries = Tiles(start + first, stop - first, number, period)
+        yield Call(queries, Tiles(start, stop, number, period), causal=True)
 
 
 def _even_tiles(key_heads: int, threads: int) -> int:
@@ -193,25 +221,19 @@ def _even_tiles(key_heads: int, threads: int) -> int:
     return number
 
 
-def _room(tiles: Tiles, length: int, even: int) -> bool:
-    """Whether a call of these takes one more of such a length."""
-    most = even * max(1, _TOGETHER // (even * length))
-    return tiles.length == length and tiles.number < most
-
-
-def _halves(start: int, stop: int) -> Iterator[Call]:
+def _halves(start: int, stop: int, tile: int) -> Iterator[Call]:
     """Causal attention of a segment: each of its tiles on itself, and later halves on earlier ones,
     all of a size in one call; what is more than a power of two of tiles comes after."""
-    tiles = (stop - start) // _TILE
+    tiles = (stop - start) // tile
     if tiles < 2:
         segment = Tiles(start, stop - start)
         yield Call(segment, segment, causal=True)
         return
-    size = _TILE << (tiles.bit_length() - 1)
-    for first in range(start, start + size, _TILE):
-        tile = Tiles(first, _TILE)
-        yield Call(tile, tile, causal=True)
-    half = _TILE
+    size = tile << (tiles.bit_length() - 1)
+    for first in range(start, start + size, tile):
+        square = Tiles(first, tile)
+        yield Call(square, square, causal=True)
+    half = tile
     while half < size:
         number, period = size // (2 * half), 2 * half
         later, earlier = (Tiles(s, half, number, period) for s in (start + half, start))
@@ -219,7 +241,7 @@ def _halves(start: int, stop: int) -> Iterator[Call]:
         half *= 2
     if start + size < stop:
         yield Call(Tiles(start + size, stop - start - size), Tiles(start, size))
-        yield from _halves(start + size, stop)
+        yield from _halves(start + size, stop, tile)
 
 
 def _pieces(call: Call, number: int) -> Iterator[Call]:
