@@ -115,9 +115,7 @@ def cpu_attention_backward(
     grad, query, key, value = rows_contiguous(grad, query, key, value)
     exact = torch.promote_types(query.dtype, torch.float32)
     # Laid out by tokens, as the kernel lays out its parts.
-    grads = [_by_tokens(x, exact) for x in (query, key, value)]
-    for x in grads[1:]:
-        x.zero_()
+    grads = [_by_tokens(x, exact).zero_() for x in (query, key, value)]
     grad, output, lse = (x.transpose(1, 2) for x in (grad, output, lse))
     lse = lse[..., None]
     for call in _calls(blocks, key.shape[1], key.dtype):
@@ -134,9 +132,6 @@ def cpu_attention_backward(
         places = (call.queries, call.keys, call.keys)
         for total, part, place in zip(grads, parts, places, strict=True):
             tiles = place.of(total)
-            if call.causal and total is grads[0]:
-                tiles.copy_(part)
-                continue
             # Keys that several tiles of queries see have a gradient of each.
             for piece in [part] if part.shape == tiles.shape else part:
                 tiles.add_(piece)
@@ -194,7 +189,7 @@ def _calls(blocks: Tensor, key_heads: int, dtype: torch.dtype) -> list[Call]:
             elif causal and causal[-1].length == call.queries.length:
                 # Right after it, as segments are in order and cover the packed row.
                 start, length, number, _ = causal[-1]
-                causal[-1] = Tiles(start, length, number + 1, length)
+                causal[-1] = Tiles(start, length, number + call.queries.number, length)
             else:
                 causal.append(call.queries)
     strips = [strip for tiles in causal for strip in _strips(tiles, sizes.strip)]
@@ -230,9 +225,8 @@ def _halves(start: int, stop: int, tile: int) -> Iterator[Call]:
         yield Call(segment, segment, causal=True)
         return
     size = tile << (tiles.bit_length() - 1)
-    for first in range(start, start + size, tile):
-        square = Tiles(first, tile)
-        yield Call(square, square, causal=True)
+    squares = Tiles(start, tile, size // tile, tile)
+    yield Call(squares, squares, causal=True)
     half = tile
     while half < size:
         number, period = size // (2 * half), 2 * half
