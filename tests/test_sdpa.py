@@ -59,7 +59,7 @@ def test_groups_share_one_call_on_their_prompt():
     """Eight responses of a prompt, three calls: the prompt, the triangles of the responses, and one
     tile of them all on the prompt."""
     tree = PrefixTree.from_rows([[1, 2, 3, 10 + r, 20 + r] for r in range(8)])
-    calls = cpu._calls(as_tensor(segment_blocks(tree)), 4, torch.float32)
+    calls = cpu._calls(as_tensor(segment_blocks(tree)), torch.float32)
     prompt, responses = cpu.Tiles(0, 3), cpu.Tiles(3, 2, 8, 2)
     assert calls == [
         cpu.Call(prompt, prompt, causal=True),
@@ -68,35 +68,66 @@ def test_groups_share_one_call_on_their_prompt():
     ]
 
 
-@pytest.mark.parametrize("length", [511, 512, 700, 1024, 1300, 2900])
-@pytest.mark.parametrize(("key_heads", "threads"), [(3, 2), (4, 2), (2, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiles_cover_what_is_visible_once(monkeypatch, length, key_heads, threads, dtype):
-    """Long chains are halved and what is left cut into strips; with threads that key heads would
-    leave idle, queries are split as well, and a number that does not divide leaves some over."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    rows = [list(range(length)), [*range(length - 300), *range(5000, 5400)]]
-    rows[0] += [0] * (max(map(len, rows)) - length)
-    rows[1] += [0] * (len(rows[0]) - len(rows[1]))
-    tree = PrefixTree.from_rows(
-        rows,
-        [
-            [1] * length + [0] * (len(rows[0]) - length),
-            [1] * (length + 100) + [0] * (len(rows[0]) - length - 100),
-        ],
-    )
-    n = tree.packed_tokens
+def scores_of(calls, n):
+    """`[n, n]`: how often each query is computed on each key."""
     index = torch.arange(n, dtype=torch.float64).view(1, 1, n, 1)
     scores = torch.zeros(n, n, dtype=torch.int64)
-    for call in cpu._calls(as_tensor(segment_blocks(tree)), key_heads, dtype):
-        queries, keys = (x.of(index)[:, 0, :, 0].long() for x in (call.queries, call.keys))
-        for q, k in zip(queries, keys.expand(len(queries), -1), strict=True):
-            seen = torch.ones(len(q), len(k), dtype=torch.int64)
-            scores[q[:, None], k] += seen.tril(len(k) - len(q)) if call.causal else seen
-    inputs = [torch.eye(n, dtype=torch.float64)[None, None] for _ in range(3)]
+    for call in calls:
+        (queries, keys, _), seen = cpu._inputs(call, index, index, index)
+        mask, shape = seen["attn_mask"], (queries.shape[2], keys.shape[2])
+        if mask is None:
+            mask = torch.zeros(shape) if not seen["is_causal"] else torch.full(shape, -1.0).triu(1)
+        masks = mask.expand(len(queries), 1, *shape)[:, 0] == 0
+        for rows, columns, visible in zip(queries[:, 0], keys[:, 0], masks, strict=True):
+            scores[rows.long(), columns.long().T] += visible.long()
+    return scores
+
+
+@pytest.mark.parametrize("length", [511, 512, 700, 1024, 1300, 2300])
+@pytest.mark.parametrize("pieces", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_cover_what_is_visible_once(length, pieces, dtype):
+    """Long chains are halved and what is left cut into strips; with threads that key heads would
+    leave idle, all are cut further, and a number that does not divide leaves some over."""
+    rows = [list(range(length)), [*range(length - 300), *range(5000, 5400)]]
+    longest = max(map(len, rows))
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    tree = PrefixTree.from_rows([row + [0] * (longest - len(row)) for row in rows], mask)
+    calls = cpu._calls(as_tensor(segment_blocks(tree)), dtype)
+    scores = scores_of([x for call in calls for x in cpu._pieces(call, pieces)], tree.packed_tokens)
+    inputs = [torch.eye(tree.packed_tokens, dtype=torch.float64)[None, None] for _ in range(3)]
     weights = duplicated_rows_attention(tree, *inputs, scaling=0.0)[0, :, 0]
     assert torch.equal(scores > 0, weights > 0)
     assert scores.max() == 1
+
+
+def test_what_threads_would_wait_for_is_cut():
+    """The longer side of what is seen whole, but few keys never; of a strip the queries."""
+    prompt, responses = cpu.Tiles(0, 1025), cpu.Tiles(1025, 200)
+    assert list(cpu._pieces(cpu.Call(responses, prompt), 2)) == [
+        cpu.Call(cpu.Tiles(1025, 200, 2), cpu.Tiles(0, 512, 2, 512)),
+        cpu.Call(responses, cpu.Tiles(1024, 1)),
+    ]
+    few, many = cpu.Tiles(0, 900), cpu.Tiles(1025, 1200)
+    for queries, keys in [(responses, few), (many, prompt)]:
+        half = queries.length // 2
+        assert list(cpu._pieces(cpu.Call(queries, keys), 2)) == [
+            cpu.Call(cpu.Tiles(1025, half, 2, half), keys._replace(number=2))
+        ]
+    strip = cpu.Call(cpu.Tiles(64, 65), cpu.Tiles(0, 129), causal=True)
+    assert list(cpu._pieces(strip, 2)) == [
+        cpu.Call(cpu.Tiles(64, 32, 2, 32), cpu.Tiles(0, 128, 2), causal=True),
+        cpu.Call(cpu.Tiles(128, 1), cpu.Tiles(0, 129), causal=True),
+    ]
+
+
+def test_what_threads_would_not_wait_for_is_not_cut():
+    """As many tiles as they need; fewer queries than the kernel takes at a time."""
+    squares = cpu.Call(cpu.Tiles(256, 256, 2, 512), cpu.Tiles(0, 256, 2, 512))
+    assert list(cpu._pieces(squares, 2)) == [squares]
+    assert len(list(cpu._pieces(squares, 3))) == 4  # three of 85 queries and one, for each tile
+    short = cpu.Call(cpu.Tiles(100, 63), cpu.Tiles(0, 100))
+    assert list(cpu._pieces(short, 8)) == [short]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +143,7 @@ def test_tiles_of_all_segments_are_cut_into_strips_together():
     """1,024 tokens are four tiles, two responses of 256 two more: four calls for all six, of which
     the first is square."""
     rows = [[*range(1024), *[2000 + r] * 256] for r in range(2)]
-    calls = cpu._calls(as_tensor(segment_blocks(PrefixTree.from_rows(rows))), 9, torch.float32)
+    calls = cpu._calls(as_tensor(segment_blocks(PrefixTree.from_rows(rows))), torch.float32)
     assert [call for call in calls if call.causal] == [
         cpu.Call(cpu.Tiles(first, 64, 6, 256), cpu.Tiles(0, first + 64, 6, 256), causal=True)
         for first in (0, 64, 128, 192)
@@ -127,7 +158,7 @@ def test_the_last_strip_takes_what_is_left_over():
 
 def test_half_precision_is_halved_later_and_not_cut():
     tree = PrefixTree.from_rows([list(range(2500))])
-    calls = cpu._calls(as_tensor(segment_blocks(tree)), 9, torch.bfloat16)
+    calls = cpu._calls(as_tensor(segment_blocks(tree)), torch.bfloat16)
     first, rest = cpu.Tiles(0, 1024, 2, 1024), cpu.Tiles(2048, 452)
     assert calls == [
         cpu.Call(first, first, causal=True),
@@ -197,6 +228,20 @@ def test_half_precision_is_no_worse_than_duplicated_rows(dtype):
         found[name] = [x.double() for x in (output, *grads)]
     for truth, shared, on_rows in zip(*found.values(), strict=True):
         assert 0 < (shared - truth).norm() <= 2 * (on_rows - truth).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_half_precision_are_rounded_once(dtype):
+    """Backward computes in fp32, where the kernel is faster as well."""
+    tree = PrefixTree.from_rows([[*range(90), *[100 + r] * 40] for r in range(2)])
+    blocks = as_tensor(segment_blocks(tree))
+    q, k, v = (x.detach().to(dtype) for x in packed_inputs(tree, size=16))
+    output, lse = cpu.cpu_attention(q, k, v, blocks, 0.3)
+    saved = (torch.randn_like(output), q, k, v, output)
+    got = cpu.cpu_attention_backward(*saved, lse, blocks, 0.3)
+    want = cpu.cpu_attention_backward(*(x.float() for x in saved), lse, blocks, 0.3)
+    for ours, exact in zip(got, want, strict=True):
+        assert torch.equal(ours, exact.to(dtype))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -6,8 +6,9 @@ earlier keys. Of what is left the kernel would compute all scores, as its causal
 blocks of 512 keys only: it is cut into strips of queries, each on the keys up to its end.
 Outputs over several tiles are merged by their log-sum-exp (Milakov and Gimelshein,
 arXiv 1805.02867); backward gives the kernel the merged output and log-sum-exp, with which the
-gradients of a tile are those within the whole softmax (Dao et al., arXiv 2205.14135, section 3).
-No key is copied.
+gradients of a tile are those within the whole softmax (Dao et al., arXiv 2205.14135, section 3);
+there a thread takes all of a key head in a tile, and what is seen whole is cut until all threads
+are busy. No key is copied.
 """
 
 from __future__ import annotations
@@ -36,18 +37,27 @@ class Sizes(NamedTuple):
 
 
 _SIZES = Sizes(tile=256, strip=64)
-# In half precision the kernel is slow at few queries, most of all in backward: no strips there.
+# In half precision the kernel is slow at few queries: no strips, and backward computes in fp32.
 _HALF_SIZES = Sizes(tile=1024, strip=2048)
-_SHORTEST = 32  # queries of a tile that is split off for a thread: the kernel's own least
+# Least queries or keys of a tile that is split off for a thread: the kernel's own blocks.
+_SHORTEST, _KEYS = 32, 512
 
 
 class Tiles(NamedTuple):
-    """Equal stretches of the packed row: `number` times `length` tokens, `period` apart."""
+    """Equal stretches of the packed row: `number` times `length` tokens, `period` apart; with a
+    period of zero the same tokens each time."""
 
     start: int
     length: int
     number: int = 1
     period: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + (self.number - 1) * self.period + self.length
+
+    def at(self, index: int) -> Tiles:
+        return Tiles(self.start + index * self.period, self.length)
 
     def of(self, x: Tensor) -> Tensor:
         """`[1, heads, N, D]` to a view `[number, heads, length, D]`."""
@@ -61,11 +71,12 @@ class Tiles(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Scores that one kernel call computes; whole tiles of keys, or up to the query's own."""
+    """Scores that one kernel call computes: of as many tiles of queries as of keys, each on all of
+    its keys, or causal."""
 
     queries: Tiles
     keys: Tiles
-    causal: bool = False  # aligned bottom-right
+    causal: bool = False  # the last query sees all keys; tiles on the same keys follow each other
 
 
 @torch.library.custom_op("hf_prefix_patch::cpu_attention", mutates_args=())
@@ -86,7 +97,7 @@ def cpu_attention(
     output = query.new_empty((1, tokens, heads, size), dtype=exact)
     lse = query.new_empty((1, tokens, heads), dtype=exact)
     whole = output.transpose(1, 2), lse.transpose(1, 2)[..., None]
-    for call in _calls(blocks, key.shape[1], key.dtype):
+    for call in _calls(blocks, key.dtype):
         inputs, seen = _inputs(call, query, key, value)
         part, part_lse = _forward(*inputs, **seen, scale=scaling)
         merged, merged_lse = (call.queries.of(x) for x in whole)
@@ -112,15 +123,16 @@ def cpu_attention_backward(
     blocks: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, query, key, value = rows_contiguous(grad, query, key, value)
-    exact = torch.promote_types(query.dtype, torch.float32)
+    dtype, lse = query.dtype, lse.transpose(1, 2)[..., None]
+    given = rows_contiguous(grad.transpose(1, 2), query, key, value, output.transpose(1, 2))
+    grad, query, key, value, output = (x.to(lse.dtype) for x in given)
     # Laid out by tokens, as the kernel lays out its parts.
-    grads = [_by_tokens(x, exact).zero_() for x in (query, key, value)]
-    grad, output, lse = (x.transpose(1, 2) for x in (grad, output, lse))
-    lse = lse[..., None]
-    for call in _calls(blocks, key.shape[1], key.dtype):
+    dq, dk, dv = _by_tokens(query), _by_tokens(key).zero_(), _by_tokens(value).zero_()
+    number = _even_tiles(key.shape[1], torch.get_num_threads())
+    calls = _calls(blocks, query.dtype)
+    for call in (piece for whole in calls for piece in _pieces(whole, number)):
         inputs, seen = _inputs(call, query, key, value)
-        parts = _backward(
+        part, *of_keys = _backward(
             call.queries.of(grad),
             *inputs,
             call.queries.of(output),
@@ -129,15 +141,13 @@ def cpu_attention_backward(
             **seen,
             scale=scaling,
         )
-        places = (call.queries, call.keys, call.keys)
-        for total, part, place in zip(grads, parts, places, strict=True):
-            tiles = place.of(total)
-            # Keys that several tiles of queries see have a gradient of each.
-            for piece in [part] if part.shape == tiles.shape else part:
-                tiles.add_(piece)
-    dtypes = (query.dtype, key.dtype, value.dtype)
-    dq, dk, dv = (x.to(dtype) for x, dtype in zip(grads, dtypes, strict=True))
-    return dq, dk, dv
+        if call.causal:  # those come first, and cover every token once
+            call.queries.of(dq).copy_(part)
+        else:
+            _add(dq, call.queries, part)
+        for total, part in zip((dk, dv), of_keys, strict=True):
+            _add(total, call.keys, part)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 def served_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -153,9 +163,18 @@ def served_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return enabled
 
 
-def _by_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _by_tokens(x: Tensor) -> Tensor:
     """`[1, heads, N, D]` like `x`, laid out as `[1, N, heads, D]`."""
-    return x.new_empty(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _add(total: Tensor, place: Tiles, part: Tensor) -> None:
+    tiles = place.of(total)
+    if place.period:
+        tiles.add_(part)
+        return
+    for tile, piece in zip(tiles, part, strict=True):  # the same tokens each time
+        tile.add_(piece)
 
 
 def _inputs(
@@ -163,20 +182,19 @@ def _inputs(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """What the kernel takes of them, and its options for what queries see."""
     queries, keys, values = call.queries.of(query), call.keys.of(key), call.keys.of(value)
-    count, length, seen = queries.shape[0], queries.shape[2], keys.shape[2]
-    if keys.shape[0] < count:
-        keys, values = (x.expand(count, -1, -1, -1) for x in (keys, values))
+    length, seen = queries.shape[2], keys.shape[2]
     mask = None
     if call.causal and seen > length:  # where the kernel's own mask is aligned top-left
-        mask = query.new_full((length, seen), float("-inf")).triu_(seen - length + 1)
+        rows = length if call.keys.period else length * call.queries.number
+        mask = query.new_full((rows, seen), float("-inf")).triu_(seen - rows + 1)
+        mask = mask.view(-1, 1, length, seen)
     options = {"is_causal": call.causal and mask is None, "attn_mask": mask}
     return (queries, keys, values), options
 
 
-def _calls(blocks: Tensor, key_heads: int, dtype: torch.dtype) -> list[Call]:
+def _calls(blocks: Tensor, dtype: torch.dtype) -> list[Call]:
     """The causal calls of all segments, which cover every query once, then what is seen whole."""
     sizes = _HALF_SIZES if dtype in HALF else _SIZES
-    even = _even_tiles(key_heads, torch.get_num_threads())
     causal: list[Tiles] = []
     whole: list[Call] = []
     for q0, q1, k0, k1 in as_blocks(blocks):
@@ -192,8 +210,7 @@ def _calls(blocks: Tensor, key_heads: int, dtype: torch.dtype) -> list[Call]:
                 causal[-1] = Tiles(start, length, number + call.queries.number, length)
             else:
                 causal.append(call.queries)
-    strips = [strip for tiles in causal for strip in _strips(tiles, sizes.strip)]
-    return strips + [piece for call in whole for piece in _pieces(call, even)]
+    return [strip for tiles in causal for strip in _strips(tiles, sizes.strip)] + whole
 
 
 def _strips(tiles: Tiles, size: int) -> Iterator[Call]:
@@ -204,16 +221,6 @@ def _strips(tiles: Tiles, size: int) -> Iterator[Call]:
     for first, stop in zip(starts, [*starts[1:], length], strict=True):
         queries = Tiles(start + first, stop - first, number, period)
         yield Call(queries, Tiles(start, stop, number, period), causal=True)
-
-
-def _even_tiles(key_heads: int, threads: int) -> int:
-    """Tiles of a call that keep the threads busy for four fifths of its time: in backward a thread
-    takes all of a key head in a tile."""
-    for number in count(1):
-        tasks = number * key_heads
-        if 5 * tasks >= 4 * threads * ceil(tasks / threads):
-            break
-    return number
 
 
 def _halves(start: int, stop: int, tile: int) -> Iterator[Call]:
@@ -238,20 +245,40 @@ def _halves(start: int, stop: int, tile: int) -> Iterator[Call]:
         yield from _halves(start + size, stop, tile)
 
 
+def _even_tiles(key_heads: int, threads: int) -> int:
+    """Tiles of a call that keep the threads busy for four fifths of its time in backward, where a
+    thread takes all of a key head in a tile."""
+    for number in count(1):
+        tasks = number * key_heads
+        if 5 * tasks >= 4 * threads * ceil(tasks / threads):
+            break
+    return number
+
+
 def _pieces(call: Call, number: int) -> Iterator[Call]:
-    """The same scores, queries in `number` tiles and those left over in a call of their own."""
-    (start, length, tiles, period), keys = call.queries, call.keys
-    pieces = min(number, length // _SHORTEST)
+    """The same scores in `number` tiles or about, of keys where those are many, else of queries;
+    what is left over in a call of its own."""
+    tiles, length, seen = call.queries.number, call.queries.length, call.keys.length
+    by_keys = not call.causal and seen >= max(length, number * _KEYS)
+    pieces = number if by_keys else min(number, length // _SHORTEST)
     if tiles >= number or pieces < 2:
         yield call
         return
     for tile in range(tiles):
-        first = start + tile * period
-        seen = Tiles(keys.start + tile * keys.period, keys.length)
-        each, left = divmod(length, pieces)
-        yield Call(Tiles(first, each, pieces, each), seen)
-        if left:
-            yield Call(Tiles(first + length - left, left), seen)
+        queries, keys = (x.at(tile) for x in (call.queries, call.keys))
+        for part in _split(keys if by_keys else queries, pieces):
+            if by_keys:
+                yield Call(queries._replace(number=part.number), part)
+                continue
+            seen = part.stop - keys.start if call.causal else keys.length
+            yield Call(part, Tiles(keys.start, seen, part.number), call.causal)
+
+
+def _split(tile: Tiles, pieces: int) -> Iterator[Tiles]:
+    each, left = divmod(tile.length, pieces)
+    yield Tiles(tile.start, each, pieces, each)
+    if left:
+        yield Tiles(tile.stop - left, left)
 
 
 @cpu_attention.register_fake
@@ -268,7 +295,7 @@ def _(
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (_by_tokens(x, x.dtype) for x in (query, key, value))
+    dq, dk, dv = (_by_tokens(x) for x in (query, key, value))
     return dq, dk, dv
 
 
