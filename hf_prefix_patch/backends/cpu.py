@@ -7,8 +7,8 @@ blocks of 512 keys only: it is cut into strips of queries, each on the keys up t
 Outputs over several tiles are merged by their log-sum-exp (Milakov and Gimelshein,
 arXiv 1805.02867); backward gives the kernel the merged output and log-sum-exp, with which the
 gradients of a tile are those within the whole softmax (Dao et al., arXiv 2205.14135, section 3);
-there a thread takes all of a key head in a tile, and what is seen whole is cut until all threads
-are busy. No key is copied.
+there a thread takes all of a key head in a tile, and calls are cut until all threads are busy. No
+key is copied.
 """
 
 from __future__ import annotations
@@ -258,8 +258,8 @@ def _even_tiles(key_heads: int, threads: int) -> int:
 def _pieces(call: Call, number: int) -> Iterator[Call]:
     """The same scores in `number` tiles or about, of keys where those are many, else of queries;
     what is left over in a call of its own."""
-    tiles, length, seen = call.queries.number, call.queries.length, call.keys.length
-    by_keys = not call.causal and seen >= max(length, number * _KEYS)
+    tiles, length = call.queries.number, call.queries.length
+    by_keys = not call.causal and call.keys.length >= max(length, number * _KEYS)
     pieces = number if by_keys else min(number, length // _SHORTEST)
     if tiles >= number or pieces < 2:
         yield call
@@ -269,9 +269,9 @@ def _pieces(call: Call, number: int) -> Iterator[Call]:
         for part in _split(keys if by_keys else queries, pieces):
             if by_keys:
                 yield Call(queries._replace(number=part.number), part)
-                continue
-            seen = part.stop - keys.start if call.causal else keys.length
-            yield Call(part, Tiles(keys.start, seen, part.number), call.causal)
+            else:
+                stop = part.stop if call.causal else keys.stop
+                yield Call(part, Tiles(keys.start, stop - keys.start, part.number), call.causal)
 
 
 def _split(tile: Tiles, pieces: int) -> Iterator[Tiles]:
