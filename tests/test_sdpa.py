@@ -1,5 +1,7 @@
 """The sdpa backend against attention on duplicated rows, in all its ways to compute."""
 
+import random
+
 import pytest
 import torch
 from batches import assert_equals_duplicated_rows, packed_inputs
@@ -9,7 +11,7 @@ from test_tree import batches
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_prefix_patch import PrefixTree
-from hf_prefix_patch.backends import cpu, sdpa
+from hf_prefix_patch.backends import cpu, sdpa, tiles
 from hf_prefix_patch.backends.base import as_tensor, chain_blocks, segment_blocks
 from hf_prefix_patch.reference import duplicated_rows_attention
 
@@ -55,16 +57,24 @@ def test_short_and_long_prefixes(prefix, window, sinks):
     assert_all_ways_equal(tree, sliding_window=window, sinks=sinks)
 
 
+def calls_of(tree, dtype=torch.float32, pieces=1):
+    return tiles.kernel_calls(tuple(as_tensor(segment_blocks(tree)).tolist()), dtype, pieces)
+
+
+def places_of(tree, dtype=torch.float32):
+    """The calls without their masks, which cannot be compared as a whole."""
+    return [call._replace(mask=None) for call in calls_of(tree, dtype)]
+
+
 def test_groups_share_one_call_on_their_prompt():
     """Eight responses of a prompt, three calls: the prompt, the triangles of the responses, and one
     tile of them all on the prompt."""
     tree = PrefixTree.from_rows([[1, 2, 3, 10 + r, 20 + r] for r in range(8)])
-    calls = cpu._calls(as_tensor(segment_blocks(tree)), torch.float32)
-    prompt, responses = cpu.Tiles(0, 3), cpu.Tiles(3, 2, 8, 2)
-    assert calls == [
-        cpu.Call(prompt, prompt, causal=True),
-        cpu.Call(responses, responses, causal=True),
-        cpu.Call(cpu.Tiles(3, 16), prompt),
+    prompt, responses = tiles.Tiles(0, 3), tiles.Tiles(3, 2, 8, 2)
+    assert places_of(tree) == [
+        tiles.Call(prompt, prompt, causal=True),
+        tiles.Call(responses, responses, causal=True),
+        tiles.Call(tiles.Tiles(3, 16), prompt),
     ]
 
 
@@ -90,44 +100,109 @@ def test_tiles_cover_what_is_visible_once(length, pieces, dtype):
     """Long chains are halved and what is left cut into strips; with threads that key heads would
     leave idle, all are cut further, and a number that does not divide leaves some over."""
     rows = [list(range(length)), [*range(length - 300), *range(5000, 5400)]]
-    longest = max(map(len, rows))
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    tree = PrefixTree.from_rows([row + [0] * (longest - len(row)) for row in rows], mask)
-    calls = cpu._calls(as_tensor(segment_blocks(tree)), dtype)
-    scores = scores_of([x for call in calls for x in cpu._pieces(call, pieces)], tree.packed_tokens)
+    tree = PrefixTree.from_rows(*padded(rows))
+    scores = scores_of(calls_of(tree, dtype, pieces), tree.packed_tokens)
     inputs = [torch.eye(tree.packed_tokens, dtype=torch.float64)[None, None] for _ in range(3)]
     weights = duplicated_rows_attention(tree, *inputs, scaling=0.0)[0, :, 0]
     assert torch.equal(scores > 0, weights > 0)
     assert scores.max() == 1
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_tiles_of_any_tree_cover_what_is_visible_once(seed, pieces):
+    """Nested branches of any length, several roots."""
+    draw = random.Random(seed)
+    tree = PrefixTree.from_rows(*padded([row for _ in range(2) for row in branches(draw, 200)]))
+    scores = scores_of(calls_of(tree, pieces=pieces), tree.packed_tokens)
+    inputs = [torch.eye(tree.packed_tokens, dtype=torch.float64)[None, None] for _ in range(3)]
+    weights = duplicated_rows_attention(tree, *inputs, scaling=0.0)[0, :, 0]
+    assert torch.equal(scores, (weights > 0).long())
+
+
+def branches(draw, longest):
+    """Rows of one random tree whose segments get shorter with their depth."""
+    stem = [draw.randrange(10**6) for _ in range(draw.randint(1, longest))]
+    if longest < 20 or draw.random() < 0.3:
+        return [stem]
+    children = [branches(draw, longest // 2) for _ in range(draw.randint(2, 3))]
+    return [stem + row for child in children for row in child]
+
+
+def padded(rows):
+    longest = max(map(len, rows))
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return [row + [0] * (longest - len(row)) for row in rows], mask
+
+
+def prompt_and_responses(prompt, *responses):
+    first = len(responses) + sum(responses) + prompt
+    return [[*range(prompt), *[first + r] * n] for r, n in enumerate(responses)]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_siblings_do_not_reach_each_other(poison):
+    """Whatever is in one response: no call computes scores between siblings to hide them."""
+    tree = PrefixTree.from_rows(*padded(prompt_and_responses(40, 50, 75)))
+    inputs = packed_inputs(tree)
+    want = attend(tree, inputs).detach()
+    with torch.no_grad():
+        for x in inputs:
+            x[:, :, 40:90] = poison
+    output = attend(tree, inputs)
+    clean = torch.tensor([*range(40), *range(90, 165)])
+    assert torch.equal(output[:, clean], want[:, clean])
+    grads = torch.autograd.grad(output[:, 90:].sum(), inputs)
+    assert all(grad[:, :, 90:].isfinite().all() for grad in grads)
+
+
+def test_a_batch_is_planned_once_for_all_layers():
+    """Forward and backward differ where there are threads to keep busy."""
+    tree = PrefixTree.from_rows(*padded(prompt_and_responses(140, 50, 75)))
+    tiles.kernel_calls.cache_clear()
+    for _ in range(3):
+        inputs = packed_inputs(tree)
+        attend(tree, inputs).sum().backward()
+    seen = tiles.kernel_calls.cache_info()
+    assert (seen.misses, seen.hits) == (2, 4)
+
+
+def test_what_was_planned_without_autograd_serves_training():
+    tree = PrefixTree.from_rows(*padded(prompt_and_responses(140, 50, 75)))
+    tiles.kernel_calls.cache_clear()
+    with torch.inference_mode():
+        attend(tree, [x.detach().clone() for x in packed_inputs(tree)])
+    inputs = packed_inputs(tree)
+    assert_equals_duplicated_rows(tree, attend(tree, inputs), inputs)
+
+
 def test_what_threads_would_wait_for_is_cut():
     """The longer side of what is seen whole, but few keys never; of a strip the queries."""
-    prompt, responses = cpu.Tiles(0, 1025), cpu.Tiles(1025, 200)
-    assert list(cpu._pieces(cpu.Call(responses, prompt), 2)) == [
-        cpu.Call(cpu.Tiles(1025, 200, 2), cpu.Tiles(0, 512, 2, 512)),
-        cpu.Call(responses, cpu.Tiles(1024, 1)),
+    prompt, responses = tiles.Tiles(0, 1025), tiles.Tiles(1025, 200)
+    assert list(tiles._pieces(tiles.Call(responses, prompt), 2)) == [
+        tiles.Call(tiles.Tiles(1025, 200, 2), tiles.Tiles(0, 512, 2, 512)),
+        tiles.Call(responses, tiles.Tiles(1024, 1)),
     ]
-    few, many = cpu.Tiles(0, 900), cpu.Tiles(1025, 1200)
+    few, many = tiles.Tiles(0, 900), tiles.Tiles(1025, 1200)
     for queries, keys in [(responses, few), (many, prompt)]:
         half = queries.length // 2
-        assert list(cpu._pieces(cpu.Call(queries, keys), 2)) == [
-            cpu.Call(cpu.Tiles(1025, half, 2, half), keys._replace(number=2))
+        assert list(tiles._pieces(tiles.Call(queries, keys), 2)) == [
+            tiles.Call(tiles.Tiles(1025, half, 2, half), keys._replace(number=2))
         ]
-    strip = cpu.Call(cpu.Tiles(64, 65), cpu.Tiles(0, 129), causal=True)
-    assert list(cpu._pieces(strip, 2)) == [
-        cpu.Call(cpu.Tiles(64, 32, 2, 32), cpu.Tiles(0, 128, 2), causal=True),
-        cpu.Call(cpu.Tiles(128, 1), cpu.Tiles(0, 129), causal=True),
+    strip = tiles.Call(tiles.Tiles(64, 65), tiles.Tiles(0, 129), causal=True)
+    assert list(tiles._pieces(strip, 2)) == [
+        tiles.Call(tiles.Tiles(64, 32, 2, 32), tiles.Tiles(0, 128, 2), causal=True),
+        tiles.Call(tiles.Tiles(128, 1), tiles.Tiles(0, 129), causal=True),
     ]
 
 
 def test_what_threads_would_not_wait_for_is_not_cut():
     """As many tiles as they need; fewer queries than the kernel takes at a time."""
-    squares = cpu.Call(cpu.Tiles(256, 256, 2, 512), cpu.Tiles(0, 256, 2, 512))
-    assert list(cpu._pieces(squares, 2)) == [squares]
-    assert len(list(cpu._pieces(squares, 3))) == 4  # three of 85 queries and one, for each tile
-    short = cpu.Call(cpu.Tiles(100, 63), cpu.Tiles(0, 100))
-    assert list(cpu._pieces(short, 8)) == [short]
+    squares = tiles.Call(tiles.Tiles(256, 256, 2, 512), tiles.Tiles(0, 256, 2, 512))
+    assert list(tiles._pieces(squares, 2)) == [squares]
+    assert len(list(tiles._pieces(squares, 3))) == 4  # three of 85 queries and one, for each tile
+    short = tiles.Call(tiles.Tiles(100, 63), tiles.Tiles(0, 100))
+    assert list(tiles._pieces(short, 8)) == [short]
 
 
 @pytest.mark.parametrize(
@@ -136,35 +211,33 @@ def test_what_threads_would_not_wait_for_is_not_cut():
 )
 def test_tiles_that_keep_the_threads_busy(key_heads, threads, number):
     """Nine key heads on two threads are five and four: good enough; three are two and one."""
-    assert cpu._even_tiles(key_heads, threads) == number
+    assert tiles.even_tiles(key_heads, threads) == number
 
 
 def test_tiles_of_all_segments_are_cut_into_strips_together():
     """1,024 tokens are four tiles, two responses of 256 two more: four calls for all six, of which
     the first is square."""
     rows = [[*range(1024), *[2000 + r] * 256] for r in range(2)]
-    calls = cpu._calls(as_tensor(segment_blocks(PrefixTree.from_rows(rows))), torch.float32)
-    assert [call for call in calls if call.causal] == [
-        cpu.Call(cpu.Tiles(first, 64, 6, 256), cpu.Tiles(0, first + 64, 6, 256), causal=True)
+    assert [call for call in places_of(PrefixTree.from_rows(rows)) if call.causal] == [
+        tiles.Call(tiles.Tiles(first, 64, 6, 256), tiles.Tiles(0, first + 64, 6, 256), causal=True)
         for first in (0, 64, 128, 192)
     ]
 
 
 def test_the_last_strip_takes_what_is_left_over():
-    strips = list(cpu._strips(cpu.Tiles(100, 150), 64))
-    assert [strip.queries for strip in strips] == [cpu.Tiles(100, 64), cpu.Tiles(164, 86)]
-    assert [strip.keys for strip in strips] == [cpu.Tiles(100, 64), cpu.Tiles(100, 150)]
+    strips = list(tiles._strips(tiles.Tiles(100, 150), 64))
+    assert [strip.queries for strip in strips] == [tiles.Tiles(100, 64), tiles.Tiles(164, 86)]
+    assert [strip.keys for strip in strips] == [tiles.Tiles(100, 64), tiles.Tiles(100, 150)]
 
 
 def test_half_precision_is_halved_later_and_not_cut():
     tree = PrefixTree.from_rows([list(range(2500))])
-    calls = cpu._calls(as_tensor(segment_blocks(tree)), torch.bfloat16)
-    first, rest = cpu.Tiles(0, 1024, 2, 1024), cpu.Tiles(2048, 452)
-    assert calls == [
-        cpu.Call(first, first, causal=True),
-        cpu.Call(rest, rest, causal=True),
-        cpu.Call(cpu.Tiles(1024, 1024, 1, 2048), cpu.Tiles(0, 1024, 1, 2048)),
-        cpu.Call(rest, cpu.Tiles(0, 2048)),
+    first, rest = tiles.Tiles(0, 1024, 2, 1024), tiles.Tiles(2048, 452)
+    assert places_of(tree, torch.bfloat16) == [
+        tiles.Call(first, first, causal=True),
+        tiles.Call(rest, rest, causal=True),
+        tiles.Call(tiles.Tiles(1024, 1024, 1, 2048), tiles.Tiles(0, 1024, 1, 2048)),
+        tiles.Call(rest, tiles.Tiles(0, 2048)),
     ]
 
 
