@@ -48,7 +48,7 @@ DEFAULTS = {
         "kv_heads": 3,
         "size": 64,
         "dtype": "float32",
-        "repeats": 15,
+        "repeats": 31,
     },
     "cuda": {
         "cases": ["2048x256x2", "8192x256x2", "16384x1024x2", "4096x512x8", "4096x128x64"],
