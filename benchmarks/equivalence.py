@@ -24,7 +24,7 @@ import torch
 import trl.trainer.utils
 from datasets import Dataset
 from pairs import load_tokenizer
-from report import machine, write_table
+from report import machine, results_folder, write_table
 from torch import Tensor, nn
 from training import COLUMNS, in_own_process, lora_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
@@ -99,7 +99,7 @@ def options() -> argparse.ArgumentParser:
     add("--learning-rate", type=float, default=1e-4)
     add("--every", type=int, default=5, help="steps between two looks at the adapter")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--out", type=Path, help="folder for tables and chart")
+    add("--out", type=results_folder, help="folder for tables and chart")
     return parser
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from decoder import SHAPES
-from report import machine, save_table, write_table
+from report import machine, results_folder, save_table, write_table
 from transformers import PreTrainedModel, utils
 
 from hf_prefix_patch import enable_prefix_sharing
@@ -57,7 +57,7 @@ def parse_call(
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, or float32")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--out", type=Path, help="folder for table and chart")
+    add("--out", type=results_folder, help="folder for table and chart")
     args = parser.parse_args(argv)
     for name, value in defaults[args.device].items():
         if getattr(args, name) is None:

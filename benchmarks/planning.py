@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from measure import medians
 from pairs import Pair, load_tokenizer, synthetic_pairs
-from report import machine, write_table
+from report import machine, results_folder, write_table
 from token_ratios import random_batches
 
 from hf_prefix_patch import (
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--tokenizer", help="folder of a tokenizer; that of SmolLM2 if not given")
     add("--pairs", type=int, default=8, help="in a batch of real pairs")
     add("--pairs-in-set", type=int, default=100_000, help="that the sampler batches")
-    add("--out", type=Path, help="folder for the tables")
+    add("--out", type=results_folder, help="folder for the tables")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     planning(args)

@@ -1,5 +1,6 @@
 """Tables of the benchmarks: to the screen, and as CSV, markdown and chart with the hardware."""
 
+import argparse
 import csv
 import importlib.metadata
 import os
@@ -35,6 +36,19 @@ def versions(*packages: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def results_folder(path: str) -> Path:
+    """An argument that names a folder for tables and charts, made when the first is written.
+
+    Raises:
+        argparse.ArgumentTypeError: it is a file, or below one.
+    """
+    folder = Path(path)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise argparse.ArgumentTypeError(f"{place} is a file, and results need a folder")
+    return folder
 
 
 def write_table(

@@ -15,14 +15,13 @@ import copy
 import gc
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 from charts import line_panels
 from decoder import SHAPES, build_decoder
-from report import machine, write_table
+from report import machine, results_folder, write_table
 from torch._subclasses import FakeTensor
 from tqdm import trange
 from transformers import PreTrainedModel
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--steps", type=int, default=2000)
     add("--every", type=int, default=50, help="steps between samples")
-    add("--out", type=Path, help="folder for table and chart")
+    add("--out", type=results_folder, help="folder for table and chart")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     samples = list(soak(args.steps, args.every))

@@ -24,7 +24,7 @@ from typing import Any
 
 from charts import grouped_bars
 from pairs import load_tokenizer
-from report import machine, write_table
+from report import machine, results_folder, write_table
 from tqdm import tqdm
 
 from hf_prefix_patch import (
@@ -62,7 +62,7 @@ def options() -> argparse.ArgumentParser:
     add("--max-length", type=int, help="longer rows are cut at the end")
     add("--epochs", type=int, default=3)
     add("--tokenizer", help="folder of a tokenizer; that of SmolLM2 if not given")
-    add("--out", type=Path, help="folder for table and chart")
+    add("--out", type=results_folder, help="folder for table and chart")
     return parser
 
 

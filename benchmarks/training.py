@@ -33,7 +33,7 @@ from charts import grouped_bars
 from datasets import Dataset, load_dataset
 from pairs import load_tokenizer
 from peft import LoraConfig, get_peft_model
-from report import machine, write_table
+from report import machine, results_folder, write_table
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -120,7 +120,7 @@ def options() -> argparse.ArgumentParser:
     add("--completion-head", action="store_true", help="TRL's LM head as on CUDA")
     add("--device", default=device, choices=["cpu", "cuda"])
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--out", type=Path, help="folder for table and chart")
+    add("--out", type=results_folder, help="folder for table and chart")
     return parser
 
 

@@ -21,7 +21,7 @@ import torch
 import trl.trainer.utils
 from datasets import load_dataset
 from peft import LoraConfig
-from report import machine, write_table
+from report import machine, results_folder, write_table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--unshareable", action="store_true", help="random rows without padding")
-    parser.add_argument("--out", type=Path, help="folder for the tables")
+    parser.add_argument("--out", type=results_folder, help="folder for the tables")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 

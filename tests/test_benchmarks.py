@@ -404,6 +404,17 @@ def test_versions_of_what_is_installed(module):
     assert module("report").versions("no-such-package", "torch") == f"torch {torch.__version__}"
 
 
+def test_results_go_to_a_folder(module, tmp_path, capsys):
+    """Said before anything is measured, not when the first table is written."""
+    folder, file = tmp_path / "new" / "results", tmp_path / "table.md"
+    file.touch()
+    assert module("report").results_folder(str(folder)) == folder
+    for path in (file, file / "below"):
+        with pytest.raises(SystemExit):
+            module("attention").main(["--out", str(path)])
+        assert f"{file} is a file, and results need a folder" in capsys.readouterr().err
+
+
 def test_inputs_of_attention_are_laid_out_by_tokens(module):
     """On both sides, as models hand them on: flat rows and packed tokens are views."""
     attention = module("attention")
