@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import OUT_OF_MEMORY, GrowingTable, entry, fits, medians, parse_call
+from measure import Attempts, GrowingTable, entry, medians, parse_call
 from report import machine
 from torch import Tensor
 from tqdm import tqdm
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         batch = random_batch(hidden, tokens, args)
         truth = run_in_fp64(batch)
         for trained in (False, True):
-            table.add(lines(batch, truth, trained, args.repeats))
+            table.add(lines(batch, truth, trained, args.repeats, table.attempts))
     table.finish(lambda figure: draw(figure, table.lines))
 
 
@@ -173,14 +173,17 @@ def run_in_fp64(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def lines(
-    batch: Batch, truth: tuple[Tensor, Tensor], trained: bool, repeats: int
+    batch: Batch, truth: tuple[Tensor, Tensor], trained: bool, repeats: int, attempts: Attempts
 ) -> list[tuple[Any, ...]]:
-    """A line of the table for each way."""
-    device = batch.hidden.device
-    errors, steps = {}, {}
+    """A line of the table for each way; one that fails leaves the others as they are."""
+    device, kind = batch.hidden.device, "trained" if trained else "frozen"
+    errors, steps, why = {}, {}, dict.fromkeys(WAYS, "")
     for name in WAYS:
-        found = fits(partial(step, name, batch, trained))
-        if found is not None:
+        part = f"{name}, {kind} head, hidden {batch.hidden.shape[1]}, {len(batch.direction)} tokens"
+        found = attempts(part, partial(step, name, batch, trained))
+        if found is None:
+            why[name] = attempts.word(part)
+        else:
             errors[name] = errors_of(found, truth, batch.prompt)
             steps[name] = partial(step, name, batch, trained)
         del found
@@ -191,20 +194,21 @@ def lines(
     for name in WAYS:
         ideal = step_flops("all logits", batch, trained) / step_flops(name, batch, trained)
         gain = ratio(seconds, name)
+        lost = why["all logits"] or why[name]
         table.append(
             (
                 batch.hidden.shape[1],
                 batch.prompt,
                 len(batch.direction),
-                "trained" if trained else "frozen",
+                kind,
                 name,
-                entry(seconds.get(name)),
-                entry(gain),
+                entry(seconds.get(name), missing=why[name]),
+                entry(gain, missing=lost),
                 ideal,
-                entry(gain, 1 / ideal),
-                entry(peaks.get(name)),
-                entry(ratio(peaks, name)),
-                *(entry(x) for x in errors.get(name, (None, None))),
+                entry(gain, 1 / ideal, lost),
+                entry(peaks.get(name), missing=why[name]),
+                entry(ratio(peaks, name), missing=lost),
+                *(entry(x, missing=why[name]) for x in errors.get(name, (None, None))),
             )
         )
     return table
@@ -218,7 +222,7 @@ def errors_of(
 
 
 def ratio(values: dict[str, float], name: str) -> float | None:
-    """How many times less than all logits; None where memory ran out."""
+    """How many times less than all logits; None where one of the two is not there."""
     if "all logits" not in values or name not in values:
         return None
     return values["all logits"] / values[name]
@@ -234,7 +238,7 @@ def draw(figure: Any, table: list[tuple[Any, ...]]) -> None:
         mine = [row for row in rows if row["way"] == name]
         places = [groups.index(group_name(row)) + 0.27 * (i - 1) for row in mine]
         for axes, key in ((times, "speed-up"), (memory, "peak MiB")):
-            values = [0 if row[key] == OUT_OF_MEMORY else row[key] for row in mine]
+            values = [0 if isinstance(row[key], str) else row[key] for row in mine]
             axes.bar(places, values, 0.27, label=name if axes is times else None)
         label = "ideal" if i == 0 else None
         ideals = [row["ideal"] for row in mine]

@@ -3,6 +3,7 @@
 import csv
 import importlib
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -85,18 +86,28 @@ def test_every_way_on_every_size(logps, tmp_path):
         assert peaks[0] > peaks[1]
 
 
-def test_what_runs_out_of_memory_is_reported(logps, monkeypatch, tmp_path):
-    def out_of_memory(*inputs):
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize(
+    ("error", "word"), [(torch.OutOfMemoryError(), "OOM"), (ValueError("no such kernel"), "failed")]
+)
+def test_what_does_not_run_is_reported(logps, monkeypatch, tmp_path, error, word):
+    """The other ways are measured; only want of memory is no failure."""
 
-    monkeypatch.setitem(logps.WAYS, "all logits", out_of_memory)
+    def fail(*inputs):
+        raise error
+
+    monkeypatch.setitem(logps.WAYS, "all logits", fail)
     sizes = ["--tokens", "16", "--prompt-tokens", "64"]
-    logps.main([*SMALL, *sizes, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="all logits") if word == "failed" else nullcontext():
+        logps.main([*SMALL, *sizes, "--out", str(tmp_path)])
     written, rows = read(tmp_path)
     names = ("seconds", "speed-up", "share of ideal", "peak MiB", "memory ratio")
-    assert [rows[0][name] for name in (*names, "error")] == ["OOM"] * 6
+    for failed in (rows[0], rows[3]):
+        assert [failed[name] for name in (*names, "error")] == [word] * 6
     for row in (rows[1], rows[2]):
         assert float(row["seconds"]) > 0
         assert float(row["peak MiB"]) > 0
-        assert [row["speed-up"], row["memory ratio"]] == ["OOM"] * 2
+        assert [row["speed-up"], row["memory ratio"]] == [word] * 2
+    assert ("failed: ValueError: no such kernel" in written.with_suffix(".md").read_text()) == (
+        word == "failed"
+    )
     assert written.with_suffix(".png").stat().st_size > 5_000
