@@ -142,7 +142,7 @@ def prompt_and_responses(prompt, *responses):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_siblings_do_not_reach_each_other(poison):
-    """Whatever is in one response: no call computes scores between siblings to hide them."""
+    """Whatever is in one response: it would come through a mask."""
     tree = PrefixTree.from_rows(*padded(prompt_and_responses(40, 50, 75)))
     inputs = packed_inputs(tree)
     want = attend(tree, inputs).detach()

@@ -6,7 +6,7 @@ earlier keys. Of what is left the kernel would compute all scores, as its causal
 blocks of 512 keys only: it is cut into strips of queries, each on the keys up to its end.
 Backward cuts further: there a thread takes all of a key head in a tile.
 
-No call computes scores between siblings to hide them: NaN and infinity would come through a mask.
+Siblings never meet in a call: NaN and infinity would come through a mask.
 """
 
 from __future__ import annotations
