@@ -56,6 +56,12 @@ def pad_rows(
     return batch
 
 
+def tree_of_rows(rows: list[list[int]]) -> PrefixTree:
+    """Of rows of any length."""
+    batch = pad_rows(rows, [0] * len(rows), "right")
+    return PrefixTree.from_rows(batch.input_ids, batch.attention_mask)
+
+
 def left_padded_with_positions(vocab: int = 50) -> tuple[Batch, Tensor]:
     """A ragged batch padded on the left, where prompts begin in different columns, and positions
     `[R, L]` that count real tokens, by which they are shared all the same."""

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from batches import packed_inputs
+from batches import packed_inputs, tree_of_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree import batches
@@ -70,9 +70,7 @@ def test_mask_is_what_the_descriptors_say(batch, window):
 def long_tree():
     start, more = list(range(300)), list(range(500, 840))
     rows = [start + more + [1000] * 90, start + more + [1001] * 3, start + [1002] * 400, [3] * 200]
-    length = max(map(len, rows))
-    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
-    return PrefixTree.from_rows([row + [0] * (length - len(row)) for row in rows], mask)
+    return tree_of_rows(rows)
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 300, 5000])

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from batches import assert_equals_duplicated_rows, packed_inputs
+from batches import assert_equals_duplicated_rows, packed_inputs, tree_of_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree import batches
@@ -58,7 +58,7 @@ def test_short_and_long_prefixes(prefix, window, sinks):
 
 
 def calls_of(tree, dtype=torch.float32, pieces=1):
-    return tiles.kernel_calls(tuple(as_tensor(segment_blocks(tree)).tolist()), dtype, pieces)
+    return tiles.kernel_calls(tuple(segment_blocks(tree)), dtype, pieces)
 
 
 def places_of(tree, dtype=torch.float32):
@@ -93,6 +93,12 @@ def scores_of(calls, n):
     return scores
 
 
+def seen_in_reference(tree):
+    """`[n, n]` bool: which keys the queries of duplicated rows see."""
+    inputs = [torch.eye(tree.packed_tokens, dtype=torch.float64)[None, None] for _ in range(3)]
+    return duplicated_rows_attention(tree, *inputs, scaling=0.0)[0, :, 0] > 0
+
+
 @pytest.mark.parametrize("length", [511, 512, 700, 1024, 1300, 2300])
 @pytest.mark.parametrize("pieces", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,12 +106,9 @@ def test_tiles_cover_what_is_visible_once(length, pieces, dtype):
     """Long chains are halved and what is left cut into strips; with threads that key heads would
     leave idle, all are cut further, and a number that does not divide leaves some over."""
     rows = [list(range(length)), [*range(length - 300), *range(5000, 5400)]]
-    tree = PrefixTree.from_rows(*padded(rows))
+    tree = tree_of_rows(rows)
     scores = scores_of(calls_of(tree, dtype, pieces), tree.packed_tokens)
-    inputs = [torch.eye(tree.packed_tokens, dtype=torch.float64)[None, None] for _ in range(3)]
-    weights = duplicated_rows_attention(tree, *inputs, scaling=0.0)[0, :, 0]
-    assert torch.equal(scores > 0, weights > 0)
-    assert scores.max() == 1
+    assert torch.equal(scores, seen_in_reference(tree).long())
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3])
@@ -113,11 +116,9 @@ def test_tiles_cover_what_is_visible_once(length, pieces, dtype):
 def test_tiles_of_any_tree_cover_what_is_visible_once(seed, pieces):
     """Nested branches of any length, several roots."""
     draw = random.Random(seed)
-    tree = PrefixTree.from_rows(*padded([row for _ in range(2) for row in branches(draw, 200)]))
+    tree = tree_of_rows([row for _ in range(2) for row in branches(draw, 200)])
     scores = scores_of(calls_of(tree, pieces=pieces), tree.packed_tokens)
-    inputs = [torch.eye(tree.packed_tokens, dtype=torch.float64)[None, None] for _ in range(3)]
-    weights = duplicated_rows_attention(tree, *inputs, scaling=0.0)[0, :, 0]
-    assert torch.equal(scores, (weights > 0).long())
+    assert torch.equal(scores, seen_in_reference(tree).long())
 
 
 def branches(draw, longest):
@@ -129,12 +130,6 @@ def branches(draw, longest):
     return [stem + row for child in children for row in child]
 
 
-def padded(rows):
-    longest = max(map(len, rows))
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    return [row + [0] * (longest - len(row)) for row in rows], mask
-
-
 def prompt_and_responses(prompt, *responses):
     first = len(responses) + sum(responses) + prompt
     return [[*range(prompt), *[first + r] * n] for r, n in enumerate(responses)]
@@ -143,7 +138,7 @@ def prompt_and_responses(prompt, *responses):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_siblings_do_not_reach_each_other(poison):
     """Whatever is in one response: it would come through a mask."""
-    tree = PrefixTree.from_rows(*padded(prompt_and_responses(40, 50, 75)))
+    tree = tree_of_rows(prompt_and_responses(40, 50, 75))
     inputs = packed_inputs(tree)
     want = attend(tree, inputs).detach()
     with torch.no_grad():
@@ -158,7 +153,7 @@ def test_siblings_do_not_reach_each_other(poison):
 
 def test_a_batch_is_planned_once_for_all_layers():
     """Forward and backward differ where there are threads to keep busy."""
-    tree = PrefixTree.from_rows(*padded(prompt_and_responses(140, 50, 75)))
+    tree = tree_of_rows(prompt_and_responses(140, 50, 75))
     tiles.kernel_calls.cache_clear()
     for _ in range(3):
         inputs = packed_inputs(tree)
@@ -168,7 +163,7 @@ def test_a_batch_is_planned_once_for_all_layers():
 
 
 def test_what_was_planned_without_autograd_serves_training():
-    tree = PrefixTree.from_rows(*padded(prompt_and_responses(140, 50, 75)))
+    tree = tree_of_rows(prompt_and_responses(140, 50, 75))
     tiles.kernel_calls.cache_clear()
     with torch.inference_mode():
         attend(tree, [x.detach().clone() for x in packed_inputs(tree)])

@@ -129,10 +129,9 @@ def varying(x: Tensor) -> Tensor:
     return x
 
 
-def as_blocks(flat: Tensor) -> list[list[int]]:
+def as_blocks(flat: Tensor) -> tuple[tuple[int, ...], ...]:
     """What `as_tensor` was given."""
-    blocks: list[list[int]] = flat.view(-1, 4).tolist()
-    return blocks
+    return tuple(map(tuple, flat.view(-1, 4).tolist()))
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_prefix_patch.backends.base import HALF, rows_contiguous
+from hf_prefix_patch.backends.base import HALF, as_blocks, rows_contiguous
 from hf_prefix_patch.backends.tiles import Call, Tiles, even_tiles, kernel_calls
 
 # The kernel behind scaled_dot_product_attention on CPUs. Called by name because the public function
@@ -40,7 +40,7 @@ def cpu_attention(
     output = query.new_empty((1, tokens, heads, size), dtype=exact)
     lse = query.new_empty((1, tokens, heads), dtype=exact)
     whole = output.transpose(1, 2), lse.transpose(1, 2)[..., None]
-    for call in kernel_calls(tuple(blocks.tolist()), query.dtype):
+    for call in kernel_calls(as_blocks(blocks), query.dtype):
         inputs, seen = _inputs(call, query, key, value)
         part, part_lse = _forward(*inputs, **seen, scale=scaling)
         merged, merged_lse = (call.queries.of(x) for x in whole)
@@ -72,7 +72,7 @@ def cpu_attention_backward(
     # Laid out by tokens, as the kernel lays out its parts.
     dq, dk, dv = _by_tokens(query), _by_tokens(key).zero_(), _by_tokens(value).zero_()
     pieces = even_tiles(key.shape[1], torch.get_num_threads())
-    for call in kernel_calls(tuple(blocks.tolist()), query.dtype, pieces):
+    for call in kernel_calls(as_blocks(blocks), query.dtype, pieces):
         inputs, seen = _inputs(call, query, key, value)
         part, *of_keys = _backward(
             call.queries.of(grad),

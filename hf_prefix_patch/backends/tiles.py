@@ -82,11 +82,13 @@ class Call(NamedTuple):
 
 
 @lru_cache(maxsize=2)  # forward and backward, for every layer of a batch
-def kernel_calls(blocks: tuple[int, ...], dtype: torch.dtype, pieces: int = 1) -> tuple[Call, ...]:
+def kernel_calls(
+    blocks: tuple[tuple[int, ...], ...], dtype: torch.dtype, pieces: int = 1
+) -> tuple[Call, ...]:
     """The causal calls of all segments, which cover every query once, then what is seen whole.
 
     Args:
-        blocks: of `segment_blocks(tree)`, flat.
+        blocks: of `segment_blocks(tree)`.
         dtype: that the kernel is given.
         pieces: tiles that a call is cut into where it has fewer, of `even_tiles`.
     """
@@ -95,10 +97,10 @@ def kernel_calls(blocks: tuple[int, ...], dtype: torch.dtype, pieces: int = 1) -
     return tuple(call._replace(mask=_mask(call, dtype)) for call in cut)
 
 
-def _calls(blocks: tuple[int, ...], sizes: Sizes) -> list[Call]:
+def _calls(blocks: tuple[tuple[int, ...], ...], sizes: Sizes) -> list[Call]:
     causal: list[Tiles] = []
     whole: list[Call] = []
-    for q0, q1, k0, k1 in zip(*[iter(blocks)] * 4, strict=True):
+    for q0, q1, k0, k1 in blocks:
         if (q0, q1) != (k0, k1):
             whole.append(Call(Tiles(q0, q1 - q0), Tiles(k0, k1 - k0)))
             continue
@@ -120,7 +122,7 @@ def _mask(call: Call, dtype: torch.dtype) -> Tensor | None:
     if not call.causal or call.queries == call.keys:
         return None
     same = call.queries.period == call.keys.period
-    queries, keys = (x._replace(number=1) if same else x for x in (call.queries, call.keys))
+    queries, keys = (x.at(0) if same else x for x in (call.queries, call.keys))
     hidden = keys.tokens()[:, None] > queries.tokens()[:, :, None]
     mask = np.where(hidden, np.float32("-inf"), np.float32(0))
     return torch.from_numpy(mask[:, None]).to(dtype)
