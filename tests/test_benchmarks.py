@@ -401,7 +401,8 @@ def test_memory_goes_on_after_an_error(module, monkeypatch, tmp_path):
 
 
 def test_versions_of_what_is_installed(module):
-    assert module("report").versions("no-such-package", "torch") == f"torch {torch.__version__}"
+    release = torch.__version__.partition("+")[0]  # builds for a GPU may be told apart after it
+    assert module("report").versions("no-such-package", "torch").startswith(f"torch {release}")
 
 
 def test_results_go_to_a_folder(module, tmp_path, capsys):

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.backends import cpu, sdpa, tiles
 from hf_prefix_patch.backends.base import as_tensor, chain_blocks, segment_blocks
+from hf_prefix_patch.measuring import TensorMemory
 from hf_prefix_patch.reference import duplicated_rows_attention
 
 
@@ -169,6 +170,33 @@ def test_what_was_planned_without_autograd_serves_training():
         attend(tree, [x.detach().clone() for x in packed_inputs(tree)])
     inputs = packed_inputs(tree)
     assert_equals_duplicated_rows(tree, attend(tree, inputs), inputs)
+
+
+def test_one_part_is_held_at_a_time(monkeypatch):
+    """The next one takes its memory."""
+    held = {"_forward": [], "_backward": []}
+
+    def watched(kernel, sizes):
+        def run(*args, **options):
+            parts = kernel(*args, **options)
+            sizes.append(sum(x.nbytes for x in parts))
+            return parts
+
+        return run
+
+    for name, sizes in held.items():
+        monkeypatch.setattr(cpu, name, watched(getattr(cpu, name), sizes))
+    tree = tree_of_rows(prompt_and_responses(512, 256, 256))
+    inputs = packed_inputs(tree, size=64)
+    with TensorMemory() as forward:
+        output = attend(tree, inputs)
+    direction = torch.ones_like(output)
+    with TensorMemory() as backward:
+        grads = torch.autograd.grad(output, inputs, direction)
+    kept = output.nbytes * 65 // 64, sum(x.nbytes for x in grads)  # log-sum-exp for each query
+    for memory, sizes, result in zip((forward, backward), held.values(), kept, strict=True):
+        assert len(sizes) > 4
+        assert 0 < memory.peak - result < 1.5 * max(sizes)
 
 
 def test_what_threads_would_wait_for_is_cut():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_prefix_patch.backends.base import HALF, as_blocks, rows_contiguous
-from hf_prefix_patch.backends.tiles import Call, Tiles, even_tiles, kernel_calls
+from hf_prefix_patch.backends.tiles import Call, even_tiles, kernel_calls
 
 # The kernel behind scaled_dot_product_attention on CPUs. Called by name because the public function
 # keeps the log-sum-exp to itself.
@@ -42,16 +42,8 @@ def cpu_attention(
     whole = output.transpose(1, 2), lse.transpose(1, 2)[..., None]
     for call in kernel_calls(as_blocks(blocks), query.dtype):
         inputs, seen = _inputs(call, query, key, value)
-        part, part_lse = _forward(*inputs, **seen, scale=scaling)
-        merged, merged_lse = (call.queries.of(x) for x in whole)
-        part_lse = part_lse[..., None]
-        if call.causal:  # those come first, and cover every token once
-            merged.copy_(part)
-            merged_lse.copy_(part_lse)
-            continue
-        # The part's share of the softmax: exp(part_lse) / (exp(part_lse) + exp(merged_lse)).
-        merged.lerp_(part.to(exact), torch.sigmoid(part_lse - merged_lse))
-        torch.logaddexp(merged_lse, part_lse, out=merged_lse)
+        # No name holds a part, here and in backward: the next one takes its memory, in the cache.
+        _merge(call, whole, *_forward(*inputs, **seen, scale=scaling))
     return output.to(query.dtype), lse
 
 
@@ -67,28 +59,16 @@ def cpu_attention_backward(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, lse = query.dtype, lse.transpose(1, 2)[..., None]
-    given = rows_contiguous(grad.transpose(1, 2), query, key, value, output.transpose(1, 2))
-    grad, query, key, value, output = (x.to(lse.dtype) for x in given)
+    rows = rows_contiguous(grad.transpose(1, 2), query, key, value, output.transpose(1, 2))
+    grad, query, key, value, output = (x.to(lse.dtype) for x in rows)
     # Laid out by tokens, as the kernel lays out its parts.
     dq, dk, dv = _by_tokens(query), _by_tokens(key).zero_(), _by_tokens(value).zero_()
     pieces = even_tiles(key.shape[1], torch.get_num_threads())
     for call in kernel_calls(as_blocks(blocks), query.dtype, pieces):
         inputs, seen = _inputs(call, query, key, value)
-        part, *of_keys = _backward(
-            call.queries.of(grad),
-            *inputs,
-            call.queries.of(output),
-            call.queries.of(lse)[..., 0],
-            dropout_p=0.0,
-            **seen,
-            scale=scaling,
-        )
-        if call.causal:  # those come first, and cover every token once
-            call.queries.of(dq).copy_(part)
-        else:
-            _add(dq, call.queries, part)
-        for total, part in zip((dk, dv), of_keys, strict=True):
-            _add(total, call.keys, part)
+        direction, merged, merged_lse = (call.queries.of(x) for x in (grad, output, lse))
+        given = (direction, *inputs, merged, merged_lse[..., 0])
+        _add(call, (dq, dk, dv), _backward(*given, dropout_p=0.0, **seen, scale=scaling))
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
@@ -110,21 +90,40 @@ def _by_tokens(x: Tensor) -> Tensor:
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 
-def _add(total: Tensor, place: Tiles, part: Tensor) -> None:
-    tiles = place.of(total)
-    if place.period:
-        tiles.add_(part)
-        return
-    for tile, piece in zip(tiles, part, strict=True):  # the same tokens each time
-        tile.add_(piece)
-
-
 def _inputs(
     call: Call, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """What the kernel takes of them, and its options for what queries see."""
     inputs = call.queries.of(query), call.keys.of(key), call.keys.of(value)
     return inputs, {"is_causal": call.causal and call.mask is None, "attn_mask": call.mask}
+
+
+def _merge(call: Call, whole: tuple[Tensor, Tensor], part: Tensor, part_lse: Tensor) -> None:
+    """Take a part into the output and the log-sum-exp of the packed row."""
+    merged, merged_lse = (call.queries.of(x) for x in whole)
+    part_lse = part_lse[..., None]
+    if call.causal:  # those come first, and cover every token once
+        merged.copy_(part)
+        merged_lse.copy_(part_lse)
+        return
+    # The part's share of the softmax: exp(part_lse) / (exp(part_lse) + exp(merged_lse)).
+    merged.lerp_(part.to(merged.dtype), torch.sigmoid(part_lse - merged_lse))
+    torch.logaddexp(merged_lse, part_lse, out=merged_lse)
+
+
+def _add(call: Call, totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+    """Add the gradients of a part's queries, keys and values to those of the packed row."""
+    places = call.queries, call.keys, call.keys
+    new = call.causal, False, False  # causal calls come first, and cover every token once
+    for place, total, part, first in zip(places, totals, parts, new, strict=True):
+        tiles = place.of(total)
+        if first:
+            tiles.copy_(part)
+        elif place.period:
+            tiles.add_(part)
+        else:
+            for tile, piece in zip(tiles, part, strict=True):  # the same tokens each time
+                tile.add_(piece)
 
 
 @cpu_attention.register_fake
