@@ -6,8 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Older releases, each a file in constraints/, and the tests that run with them.
-OLDER := trl-0.18 trl-0.24
+# Other releases, each a file in constraints/, and the tests that run with them.
+OTHERS := trl-0.18 trl-0.24 transformers-5.24
 CORE := $(addprefix tests/test_,$(addsuffix .py, \
 	attention collator logps packed parity patch peft planned sampler selection support \
 	tokenization trainer tree trl varlen verify versions))
@@ -31,7 +31,7 @@ coverage: $(READY)
 long: $(READY)
 	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_properties.py
 
-test-versions: $(OLDER:%=test-%)
+test-versions: $(OTHERS:%=test-%)
 
 test-%: .venv-%/.ready
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 $(CORE)
@@ -93,7 +93,7 @@ docs: .venv-docs/.ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDER:%=.venv-%) $(BARE) .venv-docs build dist site
+	rm -rf $(VENV) $(OTHERS:%=.venv-%) $(BARE) .venv-docs build dist site
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 
 # torch first and pinned: otherwise pip may choose a newer build for another accelerator.

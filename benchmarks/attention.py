@@ -327,10 +327,15 @@ def first_run(
 
 
 def time_steps(steps: dict[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each, measured in turn."""
+    """Median seconds of each, measured in turn, each right after once more of its own: what another
+    left in the caches says nothing of it."""
     device = torch.device(args.device)
-    timers = {name: partial(seconds_of, call, device) for name, call in steps.items()}
-    return medians(timers, args.repeats)
+
+    def again(step: Callable[[], Any]) -> float:
+        step()
+        return seconds_of(step, device)
+
+    return medians({name: partial(again, step) for name, step in steps.items()}, args.repeats)
 
 
 def draw(figure: Any, table: list[tuple]) -> None:

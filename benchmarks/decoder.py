@@ -5,7 +5,6 @@ them. Their ratio is the ideal that a measured ratio is held against.
 """
 
 import json
-import warnings
 from functools import cache
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import (
 
 from hf_prefix_patch import flops
 from hf_prefix_patch.flops import DecoderShape, Work, row_pairs, tree_pairs
+from hf_prefix_patch.versions import CHECKPOINT_LAYERS
 
 __all__ = ["SHAPES", "build_decoder", "row_pairs", "step_flops", "tree_pairs"]
 
@@ -80,10 +80,7 @@ def build_decoder(
         model.requires_grad_(False)
         model.enable_input_require_grads()
     if checkpointing:
-        with warnings.catch_warnings():
-            # Renamed in transformers 5.23, which takes the name that earlier ones have too.
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(model, CHECKPOINT_LAYERS)({"use_reentrant": False})
     return model.train()
 
 

@@ -50,6 +50,7 @@ from hf_prefix_patch import (
     tokenize_preferences,
 )
 from hf_prefix_patch.measuring import peak_of, seconds_of
+from hf_prefix_patch.versions import CHECKPOINT_LAYERS
 
 HEADER = ("set", "run", "batches", "pairs/s", "speed-up", "ideal", "decoder tokens", "peak GiB")
 HEADER += ("mean loss",)
@@ -240,7 +241,7 @@ def with_plain_loop(run: Run, examples: list[dict[str, Any]], args: argparse.Nam
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     model = get_peft_model(model, lora_config()).train()
     if args.checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, CHECKPOINT_LAYERS)({"use_reentrant": False})
         model.enable_input_require_grads()
     enable_prefix_sharing(model)
     sampler = PrefixSharingBatchSampler(examples, run.max_tokens, max_length=args.max_length)

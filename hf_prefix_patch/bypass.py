@@ -58,8 +58,9 @@ ADVICE = {
 """What to do about calls that are bypassed, for every reason but that there is nothing to gain;
 '...' stands for a name. docs/limits.md has all."""
 
+_CACHES = {"cache", "past_key_values", "cache_params"}  # as transformers has called it
 # Inputs of a decoder stack that sharing understands, or that do not change its hidden states.
-_KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"}
+_KNOWN_INPUTS = _CACHES | {"input_ids", "attention_mask", "position_ids", "inputs_embeds"}
 _KNOWN_INPUTS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
 _KNOWN_INPUTS |= {"return_dict", "labels", "shift_labels", "num_items_in_batch"}
 # What trainers and heads hand a decoder stack although it is for the head or the loss. A stack that
@@ -98,7 +99,7 @@ def _bypass_reasons(
     if ids is None or inputs.get("inputs_embeds") is not None:
         yield "inputs_embeds"
         return
-    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
+    if inputs.get("use_cache") or any(inputs.get(name) is not None for name in _CACHES):
         yield "key/value cache"
     # In training nobody reads a cache; elsewhere the caller may go on from it.
     by_default = inputs.get("use_cache") is None and getattr(config, "use_cache", False)

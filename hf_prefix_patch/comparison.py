@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import inf
 from statistics import median
@@ -188,7 +189,7 @@ def compare_sharing(
         evaluating(model),
         uncompiled(),
         runs.gradients_aside(),
-        checkpointing(model),
+        checkpointing(model) if gradients else nullcontext(),
     ):
         runs.after_run = bar.update
         bar.total = _BESIDE_DRAWS + _DRAWS + 2 * repeats

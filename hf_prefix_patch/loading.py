@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_prefix_patch.features import is_classifier
-from hf_prefix_patch.versions import DTYPE, check_loaded
+from hf_prefix_patch.versions import CHECKPOINT_LAYERS, DTYPE, check_loaded
 
 _LORA_RANK = 8
 _LORA_STD = 0.02  # of its second matrix, so that both have a gradient and the model stays itself
@@ -86,7 +86,7 @@ def load_model(
     if not load_in_4bit:
         model = model.to(place)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(model, CHECKPOINT_LAYERS)({"use_reentrant": False})
     if adapter is not None or lora:
         model = _with_adapter(model, adapter)
     trained: nn.Module = model

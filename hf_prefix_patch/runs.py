@@ -150,7 +150,7 @@ class Runs:
         with enable_prefix_sharing(
             self._model, backend=backend, verify=False, on_bypass="ignore"
         ) as sharing:
-            with torch.no_grad():
+            with torch.set_grad_enabled(bool(self._parameters)):
                 self._results(slice(None))
             forget()  # planning belongs to a call
             yield sharing

@@ -70,6 +70,13 @@ before, it imports those of the package that the implementation is named after."
 DTYPE = "dtype" if _TRANSFORMERS >= (4, 56) else "torch_dtype"
 """What from_pretrained calls the type of the weights."""
 
+CHECKPOINT_LAYERS = (
+    "activation_checkpointing_enable"
+    if _TRANSFORMERS >= (5, 23)
+    else "gradient_checkpointing_enable"
+)
+"""What switches a model's gradient checkpointing on; arguments of torch's function come first."""
+
 QUANTIZED = (
     ("_is_quantized", "dtype")
     if _TRANSFORMERS >= (5, 0)

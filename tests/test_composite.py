@@ -338,7 +338,7 @@ def test_a_decoder_and_its_composite_are_not_patched_both(order):
     assert torch.equal(run(model, batch)[0], want[0])
 
 
-@pytest.mark.needs(transformers=">=5.15")
+@pytest.mark.needs(transformers=">=5.23")
 def test_logits_to_keep_that_the_decoder_of_a_composite_reads():
     """Some layers of Gemma 4 run on the last tokens alone. That kills the process where a packed
     row comes in, so neither a call nor the verification may ask for it."""

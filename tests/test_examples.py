@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import sys
+from itertools import groupby
 from math import log
 from pathlib import Path
 
@@ -118,7 +119,10 @@ def test_trl_packed(run_example, data, tmp_path, capsys, seen):
     said = capsys.readouterr().out
     sampler = PrefixSharingBatchSampler(tokenized(data), budget, seed=42)  # the trainer's seed
     tokens = [sampler.unique_tokens(batch) for batch in sampler][:3]
-    assert seen[-6:] == [(1, n) for n in tokens for _ in ("policy", "reference")]
+    # The policy, the reference and, where checkpointed layers call their hooks, the policy again.
+    calls = [(shape, len(list(same))) for shape, same in groupby(seen)][-3:]
+    assert [shape for shape, _ in calls] == [(1, n) for n in tokens]
+    assert {number for _, number in calls} <= {2, 3}
     assert f"batches per epoch: {len(sampler)}, 6 without" in said
     assert f"pairs per batch: {sampler.pairs_per_batch:.1f} on average, 2 without" in said
     assert f"packed_tokens={2 * sum(tokens)}" in said

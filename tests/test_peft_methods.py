@@ -11,6 +11,7 @@ from families import tiny_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from test_peft import lora_config, wrap
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.hooks import patch_of
@@ -206,6 +207,7 @@ def test_methods_that_depend_on_the_batch_run_as_they_are_after_enabling(name):
     assert all(torch.equal(got[1][name], gradient) for name, gradient in want[1].items())
 
 
+@pytest.mark.needs(peft=f">={MIN_PEFT_VERSION}")
 @pytest.mark.parametrize("name", ["LILY", "VELORA", "aLoRA"])
 def test_refused_method_by_add_adapter(name):
     """transformers' own way to add an adapter, without a PeftModel around the model."""

@@ -1,5 +1,6 @@
 """Refusals at enable time, and bypasses that run exactly the original."""
 
+import inspect
 import pkgutil
 import sys
 import types
@@ -56,7 +57,7 @@ def refused_models():
         ),
         "layer type": (tiny_model("llama", **chunked), r"layers of type \['chunked_attention'\]"),
         "no registry": (
-            build("GPTJ", vocab_size=40, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
+            build("Bloom", vocab_size=40, hidden_size=16, n_layer=1, n_head=2),
             "attention registry",
         ),
         "bidirectional": (bidirectional, "bidirectional attention"),
@@ -264,6 +265,24 @@ def test_rotary_frequencies_that_depend_on_the_length(kind):
     assert torch.equal(got[1], want[1])
     assert sharing.stats.calls == 1
     assert sharing.stats.bypassed == {"rotary frequencies that depend on padding": 1}
+
+
+def test_a_cache_that_is_given():
+    """`past_key_values` to transformers before 5.24, where it is `cache`: known by either name."""
+    model, ids = tiny_model(), preference_batch().input_ids
+    names = {"past_key_values", "cache"} & inspect.signature(model.model.forward).parameters.keys()
+    assert len(names) == 1
+
+    def go_on(name):
+        """The last two rows from their eighth token on, after the first seven of the others."""
+        past = model(ids[:2, :7], use_cache=True).past_key_values
+        return model(ids[2:, 7:], use_cache=False, **{name: past}).logits
+
+    for name in names | {"past_key_values"}:
+        want = go_on(name)
+        with enable_prefix_sharing(model, on_bypass="ignore") as sharing:
+            assert torch.equal(go_on(name), want)
+        assert sharing.stats.bypassed == {"key/value cache": 2}
 
 
 def test_cache_by_default_outside_training():
