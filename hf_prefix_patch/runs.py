@@ -208,8 +208,11 @@ def _takes_columns(model: nn.Module, backbone: nn.Module) -> bool:
 
 @contextmanager
 def checkpointing(model: nn.Module) -> Iterator[None]:
-    """Layers checkpoint in training mode alone: they are in it until what is checkpointed runs, as
-    they may have dropout of their own. The caller puts their training flags back."""
+    """For runs with gradients: without, layers need not checkpoint, and would stay in training.
+
+    Layers checkpoint in training mode alone: they are in it until what is checkpointed runs, as
+    they may have dropout of their own. The caller puts their training flags back.
+    """
     flagged = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     layers: list[Any] = [m for m in flagged if not isinstance(m, PreTrainedModel)]
     with ExitStack() as restore:

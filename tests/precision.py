@@ -37,8 +37,8 @@ def in_doubles(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> PreTr
         (F, "softmax", softmax),
     ):
         monkeypatch.setattr(owner, name, widened(function))
-    halves = (torch.float16, torch.bfloat16, torch.float32)
-    monkeypatch.setattr(Tensor, "float", lambda x: as_float(x) if x.dtype in halves else x.double())
+    narrow = (torch.float16, torch.bfloat16, torch.float32)
+    monkeypatch.setattr(Tensor, "float", lambda x: as_float(x) if x.dtype in narrow else x.double())
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the grouped kernel takes no doubles
     return model.double()

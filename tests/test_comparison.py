@@ -192,6 +192,7 @@ def test_dropout_of_checkpointed_layers_is_off(monkeypatch):
     found = compare_sharing(model, batch_of(model))
     assert found.verdict == "equal"
     assert max(x.error for x in found.differences.values()) < 1e-5
+    assert compare_sharing(model, batch_of(model), gradients=False).verdict == "equal"
     assert torch.equal(torch.random.get_rng_state(), state)
     change_backend(monkeypatch, attend=detached_key)
     found = compare_sharing(model, batch_of(model))
