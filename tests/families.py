@@ -106,6 +106,7 @@ NEEDS: dict[str, dict[str, str]] = {
     "gpt-oss": {"transformers": ">=4.55"},
     **{name: {"transformers": ">=5.15"} for name in HYBRIDS},  # as tree-recurrence does
     "granite-moe-hybrid": {"transformers": ">=5.18"},  # before, its stack was not told of routers
+    "RecurrentGemma": {"transformers": ">=5.23"},  # before, refused for the type of its layers
 }
 """By family, the versions that have it; a test with a parameter `family` is skipped on others."""
 

@@ -5,7 +5,6 @@ import json
 import re
 import runpy
 import sys
-from itertools import groupby
 from math import log
 from pathlib import Path
 
@@ -52,10 +51,13 @@ def data(tmp_path):
 
 @pytest.fixture
 def seen():
-    """The `[rows, tokens]` that the first decoder layer of any model is called with, in order."""
+    """The `[rows, tokens]` that the first decoder layer of any model is called with, in order; not
+    when checkpointed layers run again, for which transformers 5.17 calls their hooks too."""
     shapes = []
 
     def note(module, args):
+        if torch._C._current_graph_task_id() != -1:  # in backward
+            return
         if type(module).__name__ == "LlamaDecoderLayer" and module.self_attn.layer_idx == 0:
             shapes.append(tuple(args[0].shape[:2]))
 
@@ -119,10 +121,7 @@ def test_trl_packed(run_example, data, tmp_path, capsys, seen):
     said = capsys.readouterr().out
     sampler = PrefixSharingBatchSampler(tokenized(data), budget, seed=42)  # the trainer's seed
     tokens = [sampler.unique_tokens(batch) for batch in sampler][:3]
-    # The policy, the reference and, where checkpointed layers call their hooks, the policy again.
-    calls = [(shape, len(list(same))) for shape, same in groupby(seen)][-3:]
-    assert [shape for shape, _ in calls] == [(1, n) for n in tokens]
-    assert {number for _, number in calls} <= {2, 3}
+    assert seen[-6:] == [(1, n) for n in tokens for _ in ("policy", "reference")]
     assert f"batches per epoch: {len(sampler)}, 6 without" in said
     assert f"pairs per batch: {sampler.pairs_per_batch:.1f} on average, 2 without" in said
     assert f"packed_tokens={2 * sum(tokens)}" in said

@@ -170,15 +170,11 @@ REFUSED = {
 }
 
 
-# Before, it called its layers by a type of its own, and is refused for that.
-NEEDS = {"RecurrentGemma": [pytest.mark.needs(transformers=">=5.23")]}
-
-
-@pytest.mark.parametrize("name", [pytest.param(x, marks=NEEDS.get(x, [])) for x in REFUSED])
-def test_layers_that_the_package_does_not_cover(name):
+@pytest.mark.parametrize("family", REFUSED)
+def test_layers_that_the_package_does_not_cover(family):
     """Refused with its reason, and nothing of it is left behind."""
-    config = getattr(transformers, f"{name}Config")(**REFUSED[name])
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    config = getattr(transformers, f"{family}Config")(**REFUSED[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     reason = tree_recurrence.install(model.base_model).reason
     with pytest.raises(NotImplementedError) as refusal:
         enable_prefix_sharing(model)
