@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from decoder import SHAPES
 from report import machine, results_folder, save_table, write_table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, utils
 
 from hf_prefix_patch import enable_prefix_sharing
+from hf_prefix_patch.backends.base import HALF
 from hf_prefix_patch.measuring import peak_of, seconds_of
 
 OUT_OF_MEMORY, FAILED = "OOM", "failed"
@@ -96,11 +98,13 @@ def setting(args: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to run a model: unpatched, or shared by a backend."""
+    """One way to run a model: unpatched, or shared by a backend; `kernel` is the only one that
+    PyTorch's attention may take."""
 
     name: str
     backend: str | None = None
     attention: str = "sdpa"
+    kernel: SDPBackend | None = None
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[Any]:
@@ -108,7 +112,8 @@ class Side:
         if model.config._attn_implementation != self.attention:
             model.set_attn_implementation(self.attention)
         sharing = nullcontext() if self.backend is None else self._enable(model)
-        with sharing as handle:
+        kernel = nullcontext() if self.kernel is None else sdpa_kernel(self.kernel)
+        with sharing as handle, kernel:
             yield handle
 
     def _enable(self, model: PreTrainedModel) -> Any:
@@ -116,11 +121,17 @@ class Side:
         return enable_prefix_sharing(model, backend=self.backend, verify=False, on_bypass="ignore")
 
 
-def unshared_sides(device: str) -> list[Side]:
-    """The unpatched model, with each attention that trainers use where it is installed."""
+def unshared_sides(device: str, dtype: torch.dtype) -> list[Side]:
+    """The unpatched model, with each attention that trainers use where it is installed.
+
+    In half precision on CUDA also with PyTorch's own FlashAttention-2: it may prefer cuDNN's, which
+    is faster on some devices.
+    """
+    sides = [Side("unshared")]
+    if device == "cuda" and dtype in HALF:
+        sides.append(Side("unshared torch flash", kernel=SDPBackend.FLASH_ATTENTION))
     flash = flash_implementations(device)
-    others = [Side(f"unshared {flash_name(name)}", attention=name) for name in flash]
-    return [Side("unshared"), *others]
+    return sides + [Side(f"unshared {flash_name(name)}", attention=name) for name in flash]
 
 
 def flash_implementations(device: str) -> list[str]:

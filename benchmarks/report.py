@@ -17,7 +17,8 @@ def machine(device: str | None = None) -> str:
 
     if device != "cpu" and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties().total_memory / 2**30
-        return f"{torch.cuda.get_device_name()}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+        name, cudnn = torch.cuda.get_device_name(), torch.backends.cudnn.version()
+        return f"{name}, {memory:.0f} GiB, CUDA {torch.version.cuda}, cuDNN {cudnn}"
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():

@@ -90,7 +90,7 @@ class Runs:
             parameter.grad.zero_()
         found = []
         for part in parts:
-            with torch.set_grad_enabled(bool(self._parameters)):
+            with self._with_gradients():
                 values, rows = self._results(part)
                 if self._parameters:
                     loss = (values * self._weights[part][rows].to(values)).sum()
@@ -99,6 +99,9 @@ class Runs:
         values, rows = (torch.cat(x) for x in zip(*found, strict=True))
         self.last, self.chosen = values, rows < len(self._ids) // 2
         self.after_run()
+
+    def _with_gradients(self) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(bool(self._parameters))
 
     def _results(self, part: slice) -> tuple[Tensor, Tensor]:
         """`[C]` results of some rows, and of each which one of these it belongs to."""
@@ -150,7 +153,7 @@ class Runs:
         with enable_prefix_sharing(
             self._model, backend=backend, verify=False, on_bypass="ignore"
         ) as sharing:
-            with torch.set_grad_enabled(bool(self._parameters)):
+            with self._with_gradients():
                 self._results(slice(None))
             forget()  # planning belongs to a call
             yield sharing

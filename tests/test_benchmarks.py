@@ -239,6 +239,34 @@ def test_grid(table, capsys):
     assert [row["flash-pref"] for row in rows] == ["-", "-", "-", "1.43"]
 
 
+def test_grid_beside_published_figures(module):
+    """Those are over flash attention, which need not be the fastest unshared run."""
+    grid = module("grid")
+    plain, seconds = ["unshared", "unshared torch flash"], {"unshared": 3.0, "sdpa": 2.0}
+    missing = dict.fromkeys([*plain, "sdpa"], "OOM")
+
+    def line(seconds):
+        cell = grid.Cell(seconds, {}, {}, missing)
+        (found,) = grid.cell_lines(cell, (512, 64), plain, ["sdpa"], 1.6)
+        return dict(zip(grid.HEADER, found, strict=True))
+
+    found = line(seconds | {"unshared torch flash": 4.0})
+    assert [found[x] for x in ("speed-up", "over flash", "flash-pref")] == [1.5, 2.0, 1.43]
+    assert found["unshared flash ms"] == 4e3
+    found = line(seconds)
+    assert [found[x] for x in ("speed-up", "over flash")] == [1.5, "OOM"]
+
+
+def test_a_side_has_its_kernel_alone(module):
+    measure = module("measure")
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+    with measure.Side("a side", kernel=measure.SDPBackend.FLASH_ATTENTION).on(model):
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
 def test_grid_reports_what_runs_out_of_memory(module, monkeypatch, tmp_path):
     grid = module("grid")
     step = grid.step
@@ -473,6 +501,22 @@ def test_gathering(module, tmp_path):
     assert failed["library ms"] == "failed"
 
 
+def test_ways_of_gathering_are_held_against_each_other_in_fp64(module):
+    """Of a way that rounds in half precision nothing is said; one that is wrong is found."""
+    gathering = module("gathering")
+    inputs, along = [torch.ones(2, 1, 4).bfloat16()], [torch.ones(3, 1, 4).bfloat16()]
+
+    def select(x, factor=1):
+        return [x.index_select(0, torch.tensor([0, 1, 0])) * factor]
+
+    def rough(x):
+        return select(x, 1 if x.dtype == torch.float64 else 2)
+
+    gathering.check({"select": select, "rough": rough}, inputs, along)
+    with pytest.raises(AssertionError):
+        gathering.check({"select": select, "wrong": lambda x: select(x, 2)}, inputs, along)
+
+
 def test_slices_that_are_gathered(module):
     """Those that the keys are consecutive in: of each row its prompt, then what follows."""
     gathering = module("gathering")
@@ -521,9 +565,12 @@ def test_flash_implementations(module, monkeypatch):
             measure.utils, f"is_flash_attn_{x}_available", lambda found=found: found, raising=False
         )
     assert measure.flash_implementations("cpu") == []
-    sides = measure.unshared_sides("cuda")
+    sides = measure.unshared_sides("cuda", torch.float32)
     assert [side.name for side in sides] == ["unshared", "unshared flash 2", "unshared flash 4"]
     assert [side.attention for side in sides][1:] == ["flash_attention_2", "flash_attention_4"]
+    sides = measure.unshared_sides("cuda", torch.bfloat16)
+    assert [side.name for side in sides][:2] == ["unshared", "unshared torch flash"]
+    assert len(sides) == 4
     monkeypatch.setattr(measure.Side, "on", lambda side, model: nullcontext())
     model = SimpleNamespace(device=torch.device("cuda"))
     shared = measure.shared_sides(model, ["flash", "sdpa"])

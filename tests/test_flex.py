@@ -1,6 +1,7 @@
 """The flex backend: its block-sparse mask, and its forward pass (it has no backward on a CPU)."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -140,24 +141,55 @@ def test_a_window_that_the_config_does_not_tell_of_is_refused():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch on loading its compiler
-def test_soft_caps_of_several_models_are_compiled():
-    """The kernel check comes first, with a cap of its own; a compiled layer has one."""
+def test_soft_caps_and_windows_of_several_models_are_compiled():
+    """The kernel check comes first, with a cap and a window of its own; so has a compiled layer."""
     from torch._inductor.utils import fresh_cache
 
     tree = PrefixTree.from_rows([[*range(40), 100], [*range(40), 200]])
     inputs = [x.detach().float() for x in packed_inputs(tree, size=16)]
-    masks = {None: flex.tree_block_mask(tree, None, CPU)}
+    masks = {window: flex.tree_block_mask(tree, window, CPU) for window in (None, 7, 20)}
     flex._compiled_flex.cache_clear()
     torch.compiler.reset()
     with fresh_cache(), torch.no_grad():
         compiled = torch.compile(flex.flex_attend, fullgraph=True)
-        for attend, softcap in [
-            (flex.flex_attend, 5.0),
-            (flex.flex_attend, 30.0),
-            (compiled, 50.0),
-            (flex.flex_attend, 7.0),
+        for attend, softcap, window in [
+            (flex.flex_attend, 5.0, None),
+            (flex.flex_attend, 30.0, 7),
+            (compiled, 50.0, 20),
+            (flex.flex_attend, 7.0, 20),
         ]:
-            options = {"scaling": 0.3, "softcap": softcap}
+            options = {"scaling": 0.3, "softcap": softcap, "sliding_window": window}
             got = attend(None, *inputs, **options, tree_block_masks=masks)
             want = duplicated_rows_attention(tree, *inputs, **options)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_many_kinds_of_calls_are_compiled_and_one_too_many_raises(monkeypatch):
+    """More than the compiler's own limit, beyond which it would run unfused, without a word."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch._dynamo.utils import counters
+
+    tree = PrefixTree.from_rows([[1, 2, 3, 4], [1, 2, 5, 6]])
+    masks = {None: flex.tree_block_mask(tree, None, CPU)}
+    monkeypatch.setattr(flex.torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(flex, "_KINDS", 12)
+    flex._compiled_flex.cache_clear()
+    torch.compiler.reset()
+    counters.clear()
+
+    def attend(size):
+        inputs = [x.detach() for x in packed_inputs(tree, size=size)]
+        got = flex.flex_attend(None, *inputs, scaling=0.3, tree_block_masks=masks)
+        want = duplicated_rows_attention(tree, *inputs, scaling=0.3)
+        torch.testing.assert_close(got, want)
+
+    try:
+        for size in range(1, 13):
+            attend(size)
+        assert counters["stats"]["unique_graphs"] == 12
+        with pytest.raises(FailOnRecompileLimitHit):
+            attend(13)
+    finally:
+        flex._compiled_flex.cache_clear()
+        torch.compiler.reset()

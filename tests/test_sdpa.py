@@ -448,3 +448,22 @@ def test_operators_keep_pytorchs_rules(layout, dtype):
     torch.library.opcheck(cpu.cpu_attention, (*inputs, segments, 0.3))
     for args in [(None, blocks, None, 0.3, 0.0, 2, None), (sinks, blocks, None, 0.3, 0.0, 2, 1.5)]:
         torch.library.opcheck(sdpa.chain_attention, (*inputs, *args))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_cudnn_is_left_out(monkeypatch, allowed):
+    """It would build a plan for every chain; what the user has allowed is so again afterwards."""
+    function, seen = torch.nn.functional.scaled_dot_product_attention, []
+    cuda = torch.backends.cuda
+
+    def watched(*args, **kwargs):
+        seen.append((cuda.cudnn_sdp_enabled(), cuda.mem_efficient_sdp_enabled()))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", watched)
+    tree = tree_of_rows([[1, 2, 3, 4], [1, 2, 5, 6]])
+    kernels = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel([*kernels, SDPBackend.CUDNN_ATTENTION] if allowed else kernels):
+        assert_all_ways_equal(tree, sliding_window=3)
+        assert cuda.cudnn_sdp_enabled() == allowed
+    assert set(seen) == {(False, True)}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from hf_prefix_patch.backends.base import HALF, Backend, Needs, subtree_ends, to_autocast_dtype
-from hf_prefix_patch.tree import PrefixTree
+from hf_prefix_patch.tree import PrefixTree, to_device
 
 _BLOCK = 128
+_KINDS = 64  # of calls that a process compiles: heads and their sizes, windows, types, gradients
 _NARROWEST = 16  # head size that FlexAttention's kernel takes
 
 
@@ -78,12 +79,14 @@ def _flex() -> Callable[..., Any]:
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    # Beyond the compiler's own limit of 8 it would run unfused, on scores of the whole packed row.
+    limit = torch._dynamo.config.patch(recompile_limit=_KINDS, fail_on_recompile_limit_hit=True)
+    return cast(Callable[..., Any], limit(torch.compile(flex_attention)))
 
 
 def _soft_capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
-    # A number in the closure is a constant of what is compiled. Outside of compiled layers all
-    # models share that, and a second number would become a symbol, which is not lowered.
+    # Outside of compiled layers all models share what is compiled, with a tensor as for windows: of
+    # scores no symbol is lowered.
     compiling = torch.compiler.is_compiling()
     cap = softcap if compiling else torch.full((), softcap, device=device)
 
@@ -99,11 +102,14 @@ def tree_block_mask(tree: PrefixTree, window: int | None, device: torch.device) 
     Blocks of which some or all entries are visible follow from the least and greatest subtree end
     and depth of their tokens.
     """
-    end, depth = (torch.tensor(x, device=device) for x in _ends_and_depths(tree))
+    host = (torch.tensor(x, device="cpu") for x in _ends_and_depths(tree))
+    end, depth = (to_device(x, device) for x in host)
+    # A number in the closure is a constant of what is compiled; a second one would become a symbol.
+    reach = None if window is None else torch.full((), window, device=device)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         seen = (kv <= q) & (q < end[kv])
-        return seen if window is None else seen & (depth[q] - depth[kv] < window)
+        return seen if reach is None else seen & (depth[q] - depth[kv] < reach)
 
     tokens = tree.packed_tokens
     first = torch.arange(0, tokens, _BLOCK, device=device)

@@ -72,6 +72,20 @@ def sdpa_attend(
     return _attend_chains(query, key, value, s_aux, tree_blocks, *options)
 
 
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """cuDNN builds a plan for every new shape, which takes many times as long as the attention, and
+    every batch has chains of new lengths. Other kernels serve as the user allows."""
+    allowed: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        if allowed:  # threads that overlap must not leave it off
+            torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@_without_cudnn()
 def _attend_chains(
     query: Tensor,
     key: Tensor,
