@@ -19,6 +19,7 @@ from hf_prefix_patch.backends.flex import FLEX
 from hf_prefix_patch.backends.sdpa import SDPA
 from hf_prefix_patch.backends.varlen import FLASH, TORCH_VARLEN
 from hf_prefix_patch.features import flash_dtype, is_flash, sliding_window
+from hf_prefix_patch.guards import not_packed
 
 NAME = "prefix_sharing"
 """The name in transformers' attention registry."""
@@ -70,6 +71,8 @@ def prefix_sharing_attention(
             f"{type(module).__name__} attends with {query.shape[2]} of the {key.shape[2]} packed "
             "tokens, but shared attention needs all of them; leave out logits_to_keep"
         )
+    if query.shape[0] != 1:
+        raise not_packed(module, query.shape)
     _check_call(module, backend, attention_mask, dropout, kwargs)
     output = backend.attend(
         module,

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.adapters import adapter_reason
-from hf_prefix_patch.features import has_neftune, is_causal
+from hf_prefix_patch.features import has_neftune, is_causal, is_known_attention
 
 CACHE_BY_DEFAULT = "key/value cache by default"
+LAYERS_CHANGED = "layers or layer types changed after enabling"
 
 _POSITIONS = "pass integers of the shape of input_ids, counted from 0 in each row"
 _TEXT_ALONE = "give rows without images or sound, or none that share a prompt"
@@ -39,7 +41,10 @@ ADVICE = {
     "input '...'": "leave it out of the call, if the model does without; docs/trainers.md lists "
     "the known ones",
     "bidirectional attention": "set is_causal and use_bidirectional_attention back in the model's "
-    "config",
+    "config, or is_causal of its attention modules",
+    LAYERS_CHANGED: "call enable_prefix_sharing again",
+    "attention function '...'": "load the model with attn_implementation='sdpa', if the function "
+    "computes the same",
     "NEFTune": "set neftune_noise_alpha=None",
     "rotary frequencies that depend on padding": "pad rows to the longest of them only",
     "recurrent layers with a bias that is added to padding before a row": "pad on the right",
@@ -48,6 +53,8 @@ ADVICE = {
     "PEFT reads the activations of rows": "wait until PEFT has initialised its adapter",
     "context parallel": "set cp_size and sp_size of accelerate to 1",
     "a torch.func transformation": "use torch.autograd",
+    "tracing or export": "call disable_prefix_sharing(model) before, as what is made serves other "
+    "batches too",
     "DataParallel, which parts the rows of a batch": "use DistributedDataParallel: "
     "accelerate launch or torchrun start a process for each device",
     "a mask that is not causal attention to real tokens": _TEXT_ALONE,
@@ -128,6 +135,8 @@ def _bypass_reasons(
             yield f"input {name!r}"
     if not is_causal(config):
         yield "bidirectional attention"
+    if not is_known_attention(config._attn_implementation):
+        yield f"attention function {config._attn_implementation!r}"
     if backbone.training and has_neftune(backbone):
         yield "NEFTune"
     adapters = adapter_reason(backbone)
@@ -137,6 +146,9 @@ def _bypass_reasons(
         yield "context parallel"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         yield "a torch.func transformation"  # token ids cannot be read in one
+    traced = torch._C._is_tracing() or isinstance(ids, FakeTensor)
+    if traced or torch.compiler.is_exporting():
+        yield "tracing or export"
 
 
 def passes_through(stack: PreTrainedModel, name: str, value: Any) -> bool:

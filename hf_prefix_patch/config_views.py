@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import NAME
-from hf_prefix_patch.features import is_attention, layer_slides
+from hf_prefix_patch.bypass import LAYERS_CHANGED
+from hf_prefix_patch.features import is_attention, layer_slides, named_layer_types
 
 
 class _SharedAttentionConfig:
@@ -34,24 +37,68 @@ class _SharedAttentionConfig:
         return getattr(self.prefix_sharing_original, name)
 
 
-def give_views(backbone: PreTrainedModel) -> None:
-    """Let the attention modules of a decoder stack call shared attention."""
-    # One view for all layers of a kind: compiled code is made for each object it sees.
-    views: dict[tuple[int, bool | None], _SharedAttentionConfig] = {}
-    for module in backbone.modules():
+class Views:
+    """The views that the attention modules of a decoder stack were given, by the layers and layer
+    types that it has. Both may be changed afterwards: layers pruned, windows switched off.
+
+    Holds the modules: one that has left the stack gets its own config back too.
+    """
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+
+    def give(self, decoder: PreTrainedModel) -> None:
+        """Give views by the layers as they are now."""
+        self.restore()
+        self._layers = _layers(decoder)
+        # One view for all layers of a kind: compiled code is made for each object it sees.
+        views: dict[tuple[int, bool | None], Any] = {}
+        for module, slides in _attention(decoder):
+            config: Any = module.config
+            self._modules.append(module)
+            view = _SharedAttentionConfig(config, slides)
+            module.config = views.setdefault((id(config), slides), view)
+
+    def restore(self) -> None:
+        """Give the modules their own config back."""
+        for module in self._modules:
+            if isinstance(module.config, _SharedAttentionConfig):
+                module.config = module.config.prefix_sharing_original
+        self._modules = []
+
+    def outdated(self, decoder: PreTrainedModel) -> str | None:
+        """Why the stack cannot run shared with these views any more; None if it can."""
+        if any(getattr(module, "is_causal", True) is False for module in self._modules):
+            return "bidirectional attention"
+        now = _layers(decoder)
+        if now != self._layers:
+            for module, slides in _attention(decoder):
+                view: Any = module.config
+                known = isinstance(view, _SharedAttentionConfig)
+                if not known or view.prefix_sharing_slides != slides:
+                    return LAYERS_CHANGED
+            self._layers = now  # wrapped, or changed in what attention does not depend on
+        return None
+
+
+def _attention(decoder: PreTrainedModel) -> Iterator[tuple[nn.Module, bool | None]]:
+    """Attention modules, and whether they have a sliding window.
+
+    transformers takes the mask of a layer by its place in the stack. Modules know the place that
+    they were made for.
+    """
+    for name, module in decoder.named_modules():
         config: Any = getattr(module, "config", None)
-        if config is None or module is backbone or not is_attention(module):
+        if config is None or module is decoder or not is_attention(module):
             continue
         layer = getattr(module, "layer_idx", None)
-        slides = None if layer is None else layer_slides(config, layer)
-        key = id(config), slides
-        view: Any = views.setdefault(key, _SharedAttentionConfig(config, slides))
-        module.config = view
+        if layer is not None:
+            layer = next(map(int, filter(str.isdecimal, name.split("."))), layer)
+        yield module, None if layer is None else layer_slides(config, layer)
 
 
-def restore_configs(backbone: PreTrainedModel) -> None:
-    """Give the modules of a decoder stack their own config back."""
-    for module in backbone.modules():
-        config: Any = getattr(module, "config", None)
-        if hasattr(config, "prefix_sharing_original"):
-            module.config = config.prefix_sharing_original
+def _layers(decoder: PreTrainedModel) -> tuple[Any, ...]:
+    """What says which kind of attention is where: layers in their lists, and the config. A window
+    that is set or taken away while layers have one kind is read at every call."""
+    lists = [tuple(x) for x in decoder.children() if isinstance(x, nn.ModuleList)]
+    return lists, list(named_layer_types(decoder.config) or ())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_prefix_patch import versions
 
@@ -39,11 +40,16 @@ def is_classifier(config: Any) -> bool:
 
 def layer_types(config: Any) -> list[str]:
     """Type of each decoder layer, from what the config says."""
-    named = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    named = named_layer_types(config)
     if named:
         return ["full_attention" if kind == "attention" else kind for kind in named]
     kind = "sliding_attention" if sliding_window(config) else "full_attention"
     return [kind] * config.num_hidden_layers
+
+
+def named_layer_types(config: Any) -> list[str] | None:
+    """What the config itself calls its layers; None if it does not."""
+    return getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
 
 
 def sliding_window(config: Any) -> int | None:
@@ -56,7 +62,9 @@ def sliding_window(config: Any) -> int | None:
 def layer_slides(config: Any, layer: int) -> bool:
     """Whether a decoder layer has a sliding window."""
     types = layer_types(config)
-    return layer < len(types) and types[layer] == "sliding_attention"
+    if layer >= len(types):  # of a stack with layers added
+        return set(types) == {"sliding_attention"}
+    return types[layer] == "sliding_attention"
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -122,6 +130,14 @@ def is_bitsandbytes(module: nn.Module) -> bool:
 def is_flash(implementation: str | None) -> bool:
     """Whether an attention implementation, as configs name them, is one of FlashAttention."""
     return "flash" in (implementation or "")
+
+
+def is_known_attention(implementation: str | None) -> bool:
+    """Whether an attention implementation computes what transformers' own do, and no function that
+    the user has registered."""
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    module = getattr(function, "__module__", "")
+    return function is None or is_flash(implementation) or module.startswith("transformers.")
 
 
 def flash_dtype(config: Any) -> torch.dtype | None:

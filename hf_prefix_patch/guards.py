@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.features import is_attention, vocabulary_size
@@ -49,6 +49,15 @@ def check_range(decoder: PreTrainedModel, plan: Plan, positions: int | None) -> 
             f"positions from 0 to {positions - 1} only; cut rows with max_length={positions}, or "
             "leave longer ones out"
         )
+
+
+def not_packed(module: nn.Module, shape: Sequence[int]) -> RuntimeError:
+    """Of a packed row something made rows, which layers broadcast without an error."""
+    return RuntimeError(
+        f"{type(module).__name__} has a tensor of shape {list(shape)} in a call on a packed row, "
+        "which must begin with 1; something between the layers, such as a hook, has added a value "
+        "for each row: let it add one for all rows, or take it off while sharing is enabled"
+    )
 
 
 def ask_in_backward(

@@ -19,9 +19,9 @@ from hf_prefix_patch.attention import EMPTY_MASK
 from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.bypass import CACHE_BY_DEFAULT, advice, bypass_reason
 from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embeddings
-from hf_prefix_patch.config_views import give_views, restore_configs
+from hf_prefix_patch.config_views import Views
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
-from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors
+from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors, not_packed
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.outputs import unpack_output
 from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
@@ -64,20 +64,26 @@ class BackbonePatch:
         self.unshared_training_calls: int | None = 0  # None once something was shared
         self._hooks: list[Any] = []
         self.recurrence: TreeRecurrence | None = None
+        self.views = Views()
         setattr(backbone, _STATE, self)  # first: it is what undoes the rest
-        give_views(decoder)
+        self.views.give(decoder)
         self._hooks.append(backbone.register_forward_pre_hook(pack_rows, with_kwargs=True))
         if decoder is not backbone:
             self._hooks.append(decoder.register_forward_pre_hook(pack_embeddings, with_kwargs=True))
-        self._hooks.append(decoder.register_forward_hook(unpack_rows, with_kwargs=True))
+        # Before those of the user, which are for rows.
+        unpacking = decoder.register_forward_hook(unpack_rows, with_kwargs=True, prepend=True)
+        self._hooks.append(unpacking)
 
     def refresh(self, backbone: PreTrainedModel) -> None:
-        """Look at the model again: its kernels may have been exchanged since.
+        """Look at the model again: its kernels or layers may have been exchanged since.
 
         Raises:
             NotImplementedError: recurrent layers that cannot follow the tree.
         """
-        self.recurrence = recurrence_of(decoder_of(backbone))
+        decoder = decoder_of(backbone)
+        self.recurrence = recurrence_of(decoder)
+        if self.views.outdated(decoder) is not None:
+            self.views.give(decoder)
 
     def configure(self, backend: str, on_bypass: OnBypass, cache_by_default: bool = True) -> None:
         """Set the options; `cache_by_default` as in `bypass_reason`."""
@@ -89,7 +95,7 @@ class BackbonePatch:
         self.recurrence = None
         for hook in self._hooks:
             hook.remove()
-        restore_configs(backbone)
+        self.views.restore()
         delattr(backbone, _STATE)
         forget()
 
@@ -195,7 +201,8 @@ def pack_rows(
     inputs = by_name(backbone, args, kwargs)
     packed = is_packed(inputs)
     if packed:
-        plan, inputs = take_packed(backbone, inputs)
+        outdated = patch.views.outdated(decoder_of(backbone))
+        plan, inputs = take_packed(backbone, inputs, outdated)
     else:
         plan = _plan_rows(backbone, patch, inputs)
     if decoder_of(backbone) is backbone:  # composites replace ids and positions
@@ -220,11 +227,13 @@ def pack_rows(
 def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str, Any]) -> Plan:
     """The plan that the rows of a call carry, or else one made for them."""
     check_tensors(inputs)
+    decoder = decoder_of(backbone)
     reason = bypass_reason(backbone, inputs, patch.cache_by_default)
+    reason = reason or patch.views.outdated(decoder)
     if reason is not None:
         return Plan(None, reason)
     plan = plan_of(inputs) or recall_plan([inputs.get(name) for name in ROW_INPUTS])
-    config = decoder_of(backbone).config
+    config = decoder.config
     if plan.reason is None and rope_depends_on_length(config) and plan.padded_beyond:
         return Plan(None, "rotary frequencies that depend on padding")
     if plan.reason is None and patch.sees_padding and plan.padded_before:
@@ -240,7 +249,11 @@ def unpack_rows(
     if kwargs.get("tree_backend") is not None:
         ask_in_backward(backbone, output[0], _is_hooked)
     rows: _Rows | None = kwargs.get("tree_rows")
-    return output if rows is None else unpack_output(rows.tree, output)
+    if rows is None:
+        return output
+    if output[0].shape[:2] != (1, rows.tree.packed_tokens):
+        raise not_packed(backbone, output[0].shape)
+    return unpack_output(rows.tree, output)
 
 
 def _is_hooked(decoder: PreTrainedModel) -> bool:

@@ -48,8 +48,13 @@ def is_packed(inputs: dict[str, Any]) -> bool:
     return inputs.get("tree_kv_index") is not None
 
 
-def take_packed(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
+def take_packed(
+    backbone: PreTrainedModel, inputs: dict[str, Any], outdated: str | None
+) -> tuple[Plan, dict[str, Any]]:
     """The plan of a packed call, and its arguments without what belongs to the batch alone.
+
+    Args:
+        outdated: of `Views`, for this stack.
 
     Raises:
         ValueError: descriptors that do not fit, or an argument that a packed row cannot run with.
@@ -79,7 +84,7 @@ def take_packed(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Plan
     rest["input_ids"] = ids.as_subclass(Tensor)
     if rest.get("use_cache") is None:
         rest["use_cache"] = False
-    reason = bypass_reason(backbone, rest)
+    reason = bypass_reason(backbone, rest) or outdated
     config = backbone.config.get_text_config(decoder=True)
     routers = rest.get(_ROUTERS, getattr(config, _ROUTERS, False))
     if reason is None and routers:

@@ -16,6 +16,7 @@ from hf_prefix_patch.features import (
     has_neftune,
     is_bitsandbytes,
     is_causal,
+    is_known_attention,
     is_recurrent,
     layer_types,
     outlier_threshold,
@@ -64,6 +65,13 @@ def check_model(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
         getattr(module, "is_causal", True) is False for module in decoder.modules()
     ):
         raise refusal(name, "uses bidirectional attention", "causal attention")
+    if not is_known_attention(config._attn_implementation):
+        raise refusal(
+            name,
+            f"attends by {config._attn_implementation!r}, a function that was registered",
+            "one of transformers' own, in whose place shared attention stands",
+            "load it with attn_implementation='sdpa', if the function computes the same",
+        )
     called = _called_inside(model)
     if called:
         raise refusal(

@@ -68,17 +68,18 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
         _scratch_stats(patch) as stats,
     ):
         unshared = calls.hidden(ids, mask, use_cache=True)  # a cache is always bypassed
-        moved = calls.hidden(F.pad(ids, (1, 0)), F.pad(mask, (1, 0)), use_cache=True)[:, 1:]
         if calls.seen is not None:
             raise RuntimeError(
                 f"sharing cannot be verified: {type(called).__name__} does not hand use_cache=True "
                 "on to its model, so no call of it runs unshared; pass the model inside, or "
                 "verify=False"
             )
-        stats.bypassed.clear()  # of these two, which were meant to be
+        stats.bypassed.clear()  # of this one, which was meant to be
         shared = _shared_hidden(calls, patch, ids, mask)
-        bypassed = dict(stats.bypassed)
-    if calls.seen is None:
+        seen, bypassed = calls.seen, dict(stats.bypassed)
+        # Last: longer rows change dynamic rotary frequencies.
+        moved = calls.hidden(F.pad(ids, (1, 0)), F.pad(mask, (1, 0)), use_cache=True)[:, 1:]
+    if seen is None:
         raise RuntimeError(
             f"verification of prefix sharing failed: {calls.name} did not run on the packed row "
             f"(bypassed: {bypassed}), but must, to be compared; the model was restored; mend what "
@@ -93,7 +94,7 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
             "but must be finite to compare with; check its weights for NaN and its dtype (float16 "
             "overflows where bfloat16 does not), or pass verify=False"
         )
-    dtype = compute_precision(backbone, calls.seen.dtype)
+    dtype = compute_precision(backbone, seen.dtype)
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
     routed = dtype in TOLERANCE and has_experts(decoder_of(backbone).config)
     error = _error(shared, unshared)
@@ -150,7 +151,15 @@ class _Calls:
                 f"{type(self._called).__name__} called its decoder stack {len(self._found)} times "
                 "for one batch, so sharing cannot be verified; pass verify=False"
             )
-        return self._found[0].to(ids.device)
+        hidden = self._found[0]
+        if hidden.shape[:2] != ids.shape or hidden.ndim != 3:
+            raise RuntimeError(
+                f"sharing cannot be verified: {self.name} returns a tensor of shape "
+                f"{list(hidden.shape)} for rows of {list(ids.shape)}, but a decoder stack returns "
+                "hidden states [R, L, H] first; pass the model that has one under its "
+                "base_model_prefix"
+            )
+        return hidden.to(ids.device)
 
     def _call(self, inputs: dict[str, Any]) -> None:
         try:

@@ -26,7 +26,7 @@ def unwrap(target: Any, check: bool = True) -> PreTrainedModel:
         if check:
             check_peft(inner)
         mixed = not hasattr(inner, "get_base_model")
-        inner = inner.base_model.model if mixed else inner.get_base_model()
+        inner = called_module(inner.base_model.model if mixed else inner.get_base_model())
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
             f"target is {_in_words(target)}, but a transformers PreTrainedModel, a wrapper of one "
@@ -62,11 +62,13 @@ def outermost(target: Any) -> nn.Module:
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder stack: what every trainer and head calls, whatever they do to the model."""
     stack: Any = model.base_model
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
     if stack is model and model.get_output_embeddings() is not None:
         # Llama 4 and Mllama: a head under whose base_model_prefix there is nothing.
         embeddings = model.get_input_embeddings()
-        parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
         stack = next((x for x in parts if embeddings in x.modules()), model)
+    elif stack is model and [part.config for part in parts] == [model.config]:
+        stack = parts[0]  # in a model of the user's own, under a name of its own
     return cast(PreTrainedModel, getattr(stack, "_orig_mod", stack))  # compiled: what is inside
 
 

@@ -330,3 +330,81 @@ def test_removed_too_early(when, attention):
     got = run(model, batch)
     assert torch.equal(got[0], want[0])
     assert all(torch.equal(x, want[1][name]) for name, x in got[1].items())
+
+
+def test_hooks_that_add_a_value_for_each_row():
+    """It would be broadcast over the packed row: said, wherever it comes."""
+    model, batch = tiny_model(), preference_batch()
+    by_row = torch.ones(4, 1, 32)
+
+    def steer(layer, args, output):
+        return (output[0] + by_row, *output[1:]) if isinstance(output, tuple) else output + by_row
+
+    for layer, name in ((0, "LlamaAttention"), (1, "LlamaModel")):
+        hook = model.model.layers[layer].register_forward_hook(steer)
+        with enable_prefix_sharing(model, verify=False):
+            message = rf"{name} has a tensor of shape \[4, .* in a call on a packed row"
+            with pytest.raises(RuntimeError, match=message):
+                run(model, batch)
+        hook.remove()
+
+
+def test_hooks_on_the_stack_see_rows():
+    """Whenever they were registered: value heads, and what keeps hidden states."""
+    model, batch = tiny_model(), preference_batch()
+    seen = []
+
+    def keep(stack, args, output):
+        seen.append(output[0].detach())
+
+    with torch.no_grad():
+        model.model.register_forward_hook(keep)
+        model(**batch.inputs, use_cache=False)
+        with enable_prefix_sharing(model) as sharing:
+            model.model.register_forward_hook(keep)
+            seen[1:] = []  # of verification
+            model(**batch.inputs, use_cache=False)
+    assert sharing.stats.calls == 1
+    assert len(seen) == 3
+    real = batch.attention_mask.bool()
+    for got in seen[1:]:
+        torch.testing.assert_close(got[real], seen[0][real], atol=1e-5, rtol=1e-4)
+
+
+def test_a_tensor_that_is_returned_twice_stays_one():
+    model, batch = tiny_model().model, preference_batch()
+    with enable_prefix_sharing(model) as sharing:
+        output = model(**batch.inputs, use_cache=False, output_hidden_states=True)
+    assert sharing.stats.calls == 1
+    assert output.hidden_states[-1] is output.last_hidden_state
+    assert output.hidden_states[0] is not output.hidden_states[1]
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask):
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+@pytest.mark.parametrize("way", ["trace", "export"])
+def test_what_is_traced_serves_other_batches(way):
+    """A plan belongs to one batch, so such a call runs as it is."""
+    model, batch = tiny_model().eval(), preference_batch()
+    example = batch.input_ids, torch.ones_like(batch.attention_mask)
+    other = torch.randint(3, 50, batch.input_ids.shape), example[1]
+    with torch.no_grad():
+        want = Logits(model)(*other)
+        with enable_prefix_sharing(model) as sharing:
+            if way == "trace":
+                traced = torch.jit.trace(Logits(model), example, check_trace=False)
+            else:
+                traced = torch.export.export(Logits(model), example, strict=False).module()
+        got = traced(*other)
+    torch.testing.assert_close(got, want)
+    assert sharing.stats.calls == 0
+    assert sharing.stats.bypassed["tracing or export"] >= 1

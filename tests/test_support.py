@@ -8,8 +8,10 @@ import types
 import pytest
 import torch
 import transformers
-from batches import pad_rows, preference_batch
+from batches import assert_same_run, pad_rows, preference_batch, run
 from families import tiny_model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.bypass import bypass_reason
@@ -360,3 +362,33 @@ def test_trl_is_not_imported_by_the_library():
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def halved():
+    """The name of an attention function of the user's own."""
+
+    def attend(*args, scaling=None, **kwargs):
+        return sdpa_attention_forward(*args, scaling=scaling / 2, **kwargs)
+
+    transformers.AttentionInterface.register("halved", attend)
+    transformers.AttentionMaskInterface.register("halved", sdpa_mask)
+    yield "halved"
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        del interface._global_mapping["halved"]
+
+
+def test_attention_functions_of_the_users_own(halved):
+    """Refused, and bypassed when set later: shared attention would stand in their place."""
+    batch = preference_batch()
+    with pytest.raises(NotImplementedError, match=r"attends by 'halved', a function that was reg"):
+        enable_prefix_sharing(tiny_model(attention=halved))
+    model = tiny_model()
+    before = run(model, batch)
+    with enable_prefix_sharing(model) as sharing:
+        model.set_attn_implementation(halved)
+        with pytest.warns(UserWarning, match=r"bypassed: attention function 'halved'.* load the"):
+            got = run(model, batch)
+    assert_same_run(got, run(model, batch))
+    assert not torch.allclose(got[0], before[0], atol=1e-2)
+    assert sharing.stats.calls == 0

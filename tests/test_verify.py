@@ -91,7 +91,8 @@ def test_wrong_positions_are_found(monkeypatch):
 
 def test_layers_that_do_not_call_the_registry_are_found(monkeypatch):
     """Attention modules that kept their config run their own attention on the packed row."""
-    monkeypatch.setattr(hooks, "give_views", lambda backbone: None)
+    monkeypatch.setattr(hooks.Views, "give", lambda views, decoder: None)
+    monkeypatch.setattr(hooks.Views, "outdated", lambda views, decoder: None)
     with pytest.raises(RuntimeError, match="do not call transformers' attention registry"):
         enable_prefix_sharing(tiny_model())
 
@@ -175,3 +176,14 @@ def test_a_wrapper_whose_calls_are_all_shared_cannot_be_verified():
     with pytest.raises(RuntimeError, match="Cacheless does not hand use_cache=True on"):
         enable_prefix_sharing(Cacheless(model))
     assert not model.model._forward_pre_hooks
+
+
+@pytest.mark.needs(transformers=">=5")  # which reads rope_parameters
+def test_dynamic_rotary_frequencies_of_few_positions():
+    """Longer rows change them for good, so those of the noise come last."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    for positions in (16, 21, 22):
+        with enable_prefix_sharing(
+            tiny_model(max_position_embeddings=positions, rope_parameters=rope)
+        ):
+            pass

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,12 @@ from families import tiny_model
 from peft import get_peft_model
 from tiny_trl import lora_config, perturb, preference_pairs, save_tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 from trl.models.activation_offloading import OffloadActivations
 from varlen_emulator import install_torch_varlen, needs_half, serve
 from wrappers_on_ranks import CASES, DEEPSPEED_CASES, HAS_DEEPSPEED
@@ -374,3 +380,67 @@ def test_accelerate_launch(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("calls=4, bypassed=Counter()") == 2  # policy and reference, two ranks
+
+
+class OwnRewardModel(LlamaPreTrainedModel):
+    """Its stack has a name of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, 1)
+
+    def get_input_embeddings(self):
+        return self.backbone.embed_tokens
+
+    def forward(self, input_ids=None, attention_mask=None, **options):
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options)[0]
+        last = attention_mask.sum(1) - 1
+        return self.score(hidden)[torch.arange(len(last)), last]
+
+
+def test_a_model_of_the_users_own():
+    batch = preference_batch()
+    torch.manual_seed(0)
+    model = OwnRewardModel(tiny_model().config)
+    want = model(**batch.inputs)
+    with enable_prefix_sharing(model) as sharing:
+        got = model(**batch.inputs)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert sharing.stats.calls == 1
+
+
+def test_a_model_whose_stack_is_not_found():
+    """Two of them: which one is called is not known, and scores are no hidden states."""
+    torch.manual_seed(0)
+    model = OwnRewardModel(tiny_model().config)
+    model.other = LlamaModel(model.config)
+    with pytest.raises(
+        RuntimeError, match=r"returns a tensor of shape \[1\] for rows of \[4, 17\]"
+    ):
+        enable_prefix_sharing(model)
+    assert not model._forward_hooks
+
+
+def test_two_heads_on_one_stack():
+    """A classifier needs no cache; the causal LM beside it may go on from its own all the same."""
+    model = tiny_model().eval()
+    classifier = LlamaForSequenceClassification(tiny_model().config).eval()
+    classifier.model = model.model
+    ids = torch.randint(3, 50, (2, 12))
+    ids[1, :9] = ids[0, :9]
+    for handles in ((model, classifier), (classifier, model)):
+        with ExitStack() as sharing, torch.no_grad():
+            for head in handles:
+                sharing.enter_context(enable_prefix_sharing(head))
+            with pytest.warns(UserWarning, match="key/value cache by default"):
+                assert model(input_ids=ids).past_key_values is not None
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_adapters_around_a_compiled_model():
+    model, batch = tiny_model(), preference_batch()
+    model = get_peft_model(torch.compile(model, backend="eager"), lora_config())
+    with enable_prefix_sharing(model) as sharing:
+        run(model, batch)
+    assert sharing.stats.calls == 1

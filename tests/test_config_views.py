@@ -1,0 +1,167 @@
+"""Layers that are pruned, moved, exchanged or wrapped, and layer types that change."""
+
+import copy
+
+import pytest
+import torch
+from batches import assert_same_run, pad_rows, preference_batch, run
+from families import tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
+from hf_prefix_patch.bypass import LAYERS_CHANGED
+
+# Before transformers 5 a layer knows its kind, wherever it stands.
+by_place = pytest.mark.needs(transformers=">=5")
+MIXED = ["qwen2-window", "gemma2", "gemma3", "gpt-oss"]
+
+
+def mixed_model(family):
+    """Four layers, every other one with a window that reaches beyond the rows of verification."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return tiny_model(family, num_hidden_layers=4, layer_types=kinds, sliding_window=30)
+
+
+def long_batch():
+    generator = torch.Generator().manual_seed(0)
+    prompt, *ends = (torch.randint(3, 50, (n,), generator=generator).tolist() for n in (33, 9, 6))
+    return pad_rows([prompt + end for end in ends], [33, 33], "right")
+
+
+def prune(model):
+    del model.model.layers[1]
+
+
+def turn_round(model):
+    model.model.layers = nn.ModuleList(reversed(model.model.layers))
+
+
+def switch_windows_off(model):
+    model.config.layer_types = ["full_attention"] * 4
+
+
+CHANGES = [prune, turn_round, switch_windows_off]
+
+
+@by_place
+@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize("change", CHANGES)
+def test_kinds_of_layers_that_move_after_enabling(family, change):
+    """Their mask comes from their place, their window from where they were: bypassed, and equal."""
+    model, batch = mixed_model(family), long_batch()
+    changed = copy.deepcopy(model)
+    change(changed)
+    want = run(changed, batch)
+    with enable_prefix_sharing(model) as sharing:
+        assert_same_run(run(model, batch), run(mixed_model(family), batch))
+        change(model)
+        with pytest.warns(
+            UserWarning, match=f"bypassed: {LAYERS_CHANGED}.* call enable_prefix_sharing"
+        ):
+            got = run(model, batch)
+        with pytest.raises(NotImplementedError, match=r"sliding window .* but the config says"):
+            enable_prefix_sharing(model)
+    assert_same_run(got, want)
+    assert sharing.stats.calls == sharing.stats.bypassed[LAYERS_CHANGED] == 1
+
+
+@by_place
+@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize("change", CHANGES)
+def test_kinds_of_layers_that_have_moved_are_refused(family, change):
+    model = mixed_model(family)
+    change(model)
+    with pytest.raises(NotImplementedError, match=r"sliding window .* but the config says"):
+        enable_prefix_sharing(model)
+
+
+@pytest.mark.parametrize("change", [prune, turn_round])
+def test_layers_of_one_kind_may_move(change):
+    model, batch = tiny_model(num_hidden_layers=4), long_batch()
+    with enable_prefix_sharing(model) as sharing:
+        change(model)
+        got = run(model, batch)
+    assert_same_run(got, run(model, batch))
+    assert sharing.stats.calls == 1
+
+
+def test_a_new_layer():
+    """It has no view yet: bypassed, and shared once sharing is enabled again."""
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(model) as sharing:
+        model.model.layers[0] = copy.deepcopy(tiny_model(initializer_range=0.1).model.layers[0])
+        with pytest.warns(UserWarning, match=f"bypassed: {LAYERS_CHANGED}"):
+            unshared = run(model, batch)
+        packed = DataCollatorWithPrefixSharing(pad_token_id=0, layout="packed")(
+            [{"prompt_ids": [5, 6, 7], "chosen_ids": [8], "rejected_ids": [9]}]
+        )
+        with pytest.raises(ValueError, match=f"a packed row cannot run with: {LAYERS_CHANGED}"):
+            model(**packed)
+        enable_prefix_sharing(model)
+        shared = run(model, batch)
+    assert_same_run(unshared, run(model, batch))
+    assert_same_run(shared, run(model, batch))
+    assert sharing.stats.calls == 1
+
+
+class Wrapped(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-window"])
+def test_wrapped_layers_stay_shared(family):
+    """As those of FSDP and of activation checkpointing are."""
+    model, batch = tiny_model(family), preference_batch()
+    want = run(model, batch)
+    with enable_prefix_sharing(model) as sharing:
+        for i, layer in enumerate(model.model.layers):
+            layer.attention_type = getattr(layer, "attention_type", None)  # before transformers 5
+            wrapped = Wrapped(layer)
+            wrapped.attention_type = layer.attention_type
+            model.model.layers[i] = wrapped
+        got = run(model, batch)
+    for name, gradient in want[1].items():
+        parts = name.split(".")
+        inside = ".".join([*parts[:3], "layer", *parts[3:]]) if "layers" in parts else name
+        torch.testing.assert_close(got[1][inside], gradient, atol=1e-5, rtol=1e-4)
+    assert sharing.stats.calls == 1
+
+
+def test_a_layer_that_has_left_gets_its_config_back():
+    model = tiny_model()
+    with enable_prefix_sharing(model):
+        layer = model.model.layers[1]
+        del model.model.layers[1]
+    assert layer.self_attn.config is model.config
+
+
+def test_attention_that_is_made_to_look_ahead():
+    """By its own flag, as conversions to bidirectional encoders do."""
+    model, batch = tiny_model(), long_batch()
+    rows = {"input_ids": batch.input_ids, "use_cache": False}
+    with enable_prefix_sharing(model) as sharing:
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+        with pytest.warns(UserWarning, match="bypassed: bidirectional attention.* its attention"):
+            got = model(**rows).logits
+    torch.testing.assert_close(got, model(**rows).logits)
+    assert sharing.stats.calls == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+def test_layers_that_are_added(family):
+    """More than there were when the config was made."""
+    options = {"layer_replication": [(0, 2), (1, 2)], "target_modules": ["q_proj"]}
+    model, batch = tiny_model(family), preference_batch()
+    model = get_peft_model(model, LoraConfig(init_lora_weights=False, **options)).train()
+    assert len(model.base_model.model.model.layers) == 3
+    with enable_prefix_sharing(model) as sharing:
+        got = run(model, batch)
+    assert_same_run(got, run(model, batch))
+    assert sharing.stats.calls == 1
