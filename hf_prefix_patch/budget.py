@@ -16,6 +16,8 @@ from transformers.trainer_utils import seed_worker
 
 from hf_prefix_patch.callbacks import SetEpoch
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
+from hf_prefix_patch.columns import TruncationMode
+from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.planned import PlannedTensor
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 
@@ -48,32 +50,39 @@ class TokenBudget:
     """
 
     in_force = False
+    _said = False
+    _has_dealt = False  # whether the trainer has asked for batches: before, it trains on its own
 
     def __init__(self, trainer: Any, max_tokens: int, options: Mapping[str, Any]) -> None:
         _check_arguments(trainer)
-        args, collator = trainer.args, trainer.data_collator
+        _check_sampler_options(options)
+        self._trainer, self._max_tokens, self._options = trainer, max_tokens, dict(options)
+        self.sampler = self._count()
+        self.callback = SetEpoch(self.sampler)
+        self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step
+        self._gather = trainer.accelerator.gather
+        self._rows_name, self._rows_per_pair = self._check_rows()
+
+    def _count(self) -> PrefixSharingBatchSampler:
+        """A sampler for the trainer's present data set."""
+        self._counted, args = _counted_in(self._trainer), self._trainer.args
+        dataset, max_length, truncation_mode = self._counted
         ours = {
-            "max_length": getattr(collator, "max_length", None),
-            "truncation_mode": getattr(collator, "truncation_mode", "keep_start"),
+            "max_length": max_length,
+            "truncation_mode": truncation_mode,
             "seed": args.seed if args.data_seed is None else args.data_seed,
-            "num_replicas": trainer.accelerator.num_processes,
+            "num_replicas": self._trainer.accelerator.num_processes,
             "progress": not args.disable_tqdm,
         }
-        _check_sampler_options(options)
-        options = ours | dict(options)
+        options = ours | self._options
         try:
-            self.sampler = PrefixSharingBatchSampler(trainer.train_dataset, max_tokens, **options)
+            return PrefixSharingBatchSampler(dataset, self._max_tokens, **options)
         except ValueError as error:
             error.add_note(
                 "In a trainer max_tokens is max_tokens_per_batch, max_length an argument of the "
                 'trainer, and the rest goes into sampler_options, as {"oversized": "skip"}'
             )
             raise
-        self.callback = SetEpoch(self.sampler)
-        self._trainer = trainer
-        self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step
-        self._gather = trainer.accelerator.gather
-        self._rows_name, self._rows_per_pair = self._check_rows()
 
     @property
     def overrides(self) -> list[tuple[Any, str, Any]]:
@@ -91,6 +100,11 @@ class TokenBudget:
 
     def dataloader(self) -> DataLoader[Any]:
         """What `Trainer.get_train_dataloader` gives, over the batches of the sampler."""
+        dataset, *cut = _counted_in(self._trainer)
+        if dataset is not self._counted[0] or cut != list(self._counted[1:]):
+            vars(self.sampler).update(vars(self._count()))  # handle and callback know this one
+            self._rows_name, self._rows_per_pair = self._check_rows()
+        self._has_dealt = True
         args = self._trainer.args
         dataset, collator = self._data()
         loader: DataLoader[Any] = DataLoader(
@@ -153,14 +167,29 @@ class TokenBudget:
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss, in training times the weight of the batch."""
         result = self._compute_loss(model, inputs, *args, **kwargs)
+        in_force = self.in_force and self._has_dealt and self._trainer.model.training
         by_tokens = kwargs.get("num_items_in_batch") is not None
-        if not self._trainer.model.training or by_tokens or not self.in_force:
+        if in_force and by_tokens:
+            self._say_by_tokens()
+        if not in_force or by_tokens:
             return result
         pairs = inputs[self._rows_name].shape[0] / self._rows_per_pair
         self._weight = pairs / self.sampler.pairs_per_batch
         if isinstance(result, tuple):
             return (result[0] * self._weight, *result[1:])
         return result * self._weight
+
+    def _say_by_tokens(self) -> None:
+        """A loss of the user's own may be handed the number of targets and not divide by it."""
+        home = getattr(self._compute_loss, "__module__", "") or ""
+        if self._said or home.startswith(("transformers.", "trl.")):
+            return
+        self._said = True
+        warn_caller(
+            f"prefix sharing: the trainer hands num_items_in_batch to compute_loss of {home}, as "
+            "its batches have labels; the loss must be divided by that, and is not weighted by "
+            "pairs. If it is a mean over pairs, set trainer.model_accepts_loss_kwargs = False"
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's, whose result it logs: without the weight."""
@@ -188,6 +217,13 @@ class TokenBudget:
         """Pairs in a step of all processes, in the mean; the trainer counts samples with it."""
         steps: int = args.gradient_accumulation_steps * self._trainer.accelerator.num_processes
         return round(self.sampler.pairs_per_batch * steps)
+
+
+def _counted_in(trainer: Any) -> tuple[Any, int | None, TruncationMode]:
+    """What the tokens of batches are counted in: data set, longest row, how rows are cut."""
+    collator = trainer.data_collator
+    longest = getattr(collator, "max_length", None)
+    return trainer.train_dataset, longest, getattr(collator, "truncation_mode", "keep_start")
 
 
 def _check_arguments(trainer: Any) -> None:

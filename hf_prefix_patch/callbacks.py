@@ -57,3 +57,9 @@ class CheckPolicy(TrainerCallback):
             raise RuntimeError(message)
         if self._on_bypass == "warn":
             warn_caller(f"prefix sharing: {message}")
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self._by_budget:  # the batches stay those of the budget until training ends
+            self.on_train_begin(args, state, control, model=model)

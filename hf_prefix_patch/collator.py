@@ -209,7 +209,10 @@ class DataCollatorWithPrefixSharing:
 
 
 class PlanningCollator:
-    """A collator whose batches carry the plan of their rows; see `wrap`."""
+    """A collator whose batches carry the plan of their rows; see `wrap`.
+
+    To everything else it is that collator: trainers ask for its class and set its attributes.
+    """
 
     def __init__(self, collator: Callable[..., Any]) -> None:
         self.collator = collator
@@ -233,6 +236,19 @@ class PlanningCollator:
         if name == "collator" or name.startswith("__"):  # before __init__: copying
             raise AttributeError(name)
         return getattr(self.collator, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "collator":
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.collator, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.collator)
+
+    def __reduce__(self) -> tuple[type[PlanningCollator], tuple[Callable[..., Any]]]:
+        return PlanningCollator, (self.collator,)
 
 
 def _reference_logps(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

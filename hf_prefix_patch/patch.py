@@ -296,4 +296,4 @@ def disable_prefix_sharing(target: Any) -> None:
             patch.remove(backbone)
     trainer_patch = None if trainer is None else trainer_patch_of(trainer)
     if trainer_patch is not None:
-        trainer_patch.remove()
+        trainer_patch.clear()

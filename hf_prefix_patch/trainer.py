@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
 from hf_prefix_patch.groups import GroupedMicroBatches, grouping_advice
 from hf_prefix_patch.hooks import OnBypass, is_shared
+from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.support import REFUSED
 from hf_prefix_patch.versions import check_loaded
 from hf_prefix_patch.wrappers import backbone_of, unwrap
@@ -215,10 +216,9 @@ class TrainerPatch:
             del owner.__dict__[name]
             if (id(owner), name) in old:
                 owner.__dict__[name] = old[id(owner), name]
-        for callback in self._callbacks:
-            # Not there yet, where adding it failed.
-            if callback in self._trainer.callback_handler.callbacks:
-                self._trainer.remove_callback(callback)
+        # Another list: a callback may be the one that removes sharing, while the old one is read.
+        handler, ours_too = self._trainer.callback_handler, set(map(id, self._callbacks))
+        handler.callbacks = [x for x in handler.callbacks if id(x) not in ours_too]
         self._put_in_force(False)
         del self._trainer.__dict__[_STATE]
 
@@ -231,6 +231,18 @@ class TrainerPatch:
         current = trainer_patch_of(self._trainer)
         if current is not None:
             current.remove()
+            current._say_if_training()
+
+    def _say_if_training(self) -> None:
+        """The data loader of a run that has begun goes on dealing out batches by token budget."""
+        interrupted = sys.exc_info()[0] is not None  # then the run is over
+        if self.budget is not None and self._trainer.is_in_train and not interrupted:
+            warn_caller(
+                "prefix sharing was removed from a trainer that is training: until this run ends "
+                "its batches are those of max_tokens_per_batch, which may need several times their "
+                "memory now, and pairs of small batches weigh more; call train() again, or remove "
+                "sharing when it is over"
+            )
 
     def give_back(self) -> None:
         """Remove this patch, and bring back the one that it took the place of."""

@@ -631,6 +631,7 @@ def test_losses_by_tokens_are_left_alone(tmp_path):
     trainer.data_collator = with_labels
     with enable_prefix_sharing(trainer, max_tokens_per_batch=26) as sharing:
         inputs = trainer.data_collator([trainer.train_dataset[0]])
+        trainer.get_train_dataloader()  # before, batches are not of the budget
         trainer.model.train()
         one = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=4)
         assert one == type(trainer).compute_loss(
@@ -640,6 +641,137 @@ def test_losses_by_tokens_are_left_alone(tmp_path):
         plain = type(trainer).compute_loss(trainer, trainer.model, inputs)
         assert weighted.item() == pytest.approx(plain.item() / sharing.sampler.pairs_per_batch)
         trainer.train()
+
+
+@pytest.mark.needs(transformers=">=5")  # before, models that take the number are told so apart
+def test_means_over_pairs_that_are_handed_a_number_of_targets(tmp_path):
+    """A loss of the user's own that is not divided by it: said, once, with what to do."""
+
+    def with_labels(examples):
+        batch = rows_collator(examples)
+        return batch | {"labels": batch["input_ids"]}
+
+    def train(accepts):
+        trainer = plain_trainer(tmp_path, WithLabels)
+        trainer.data_collator = with_labels
+        trainer.model_accepts_loss_kwargs = accepts
+        enable_prefix_sharing(trainer, max_tokens_per_batch=26)
+        trainer.train()
+
+    with pytest.warns(UserWarning, match=r"hands num_items_in_batch to compute_loss of") as caught:
+        train(accepts=True)
+    assert len([x for x in caught if "model_accepts_loss_kwargs = False" in str(x.message)]) == 1
+    train(accepts=False)  # warnings are errors
+
+
+class WithLabels(MeanLoss):
+    def compute_loss(self, model, inputs, *args, **options):
+        rows = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return super().compute_loss(model, rows, *args, **options)
+
+
+class Counting(TrainerCallback):
+    """Steps that it was told of."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+class At(TrainerCallback):
+    """Does something at an event of a training run, once."""
+
+    def __init__(self, event, action):
+        def run(*args, **kwargs):
+            if self._action is not None:
+                action, self._action = self._action, None
+                action()
+
+        self._action = action
+        setattr(self, event, run)
+
+
+@pytest.mark.parametrize("budget", [None, 2000])
+def test_sharing_that_a_callback_takes_off(llama, tmp_path, budget):
+    """Callbacks after it miss no event; of batches by budget, which stay, is said what they are."""
+    trainer = build_trainer(load(llama), tmp_path, max_steps=3)
+    enable_prefix_sharing(trainer, max_tokens_per_batch=budget)
+    trainer.add_callback(At("on_step_end", lambda: disable_prefix_sharing(trainer)))
+    counting = Counting()
+    trainer.add_callback(counting)
+    if budget is None:
+        trainer.train()
+    else:
+        with pytest.warns(UserWarning, match="was removed from a trainer that is training: until"):
+            trainer.train()
+    assert counting.steps == [1, 2, 3]
+
+
+def test_a_model_that_stops_sharing_in_the_middle(llama, tmp_path):
+    """Batches by budget are trained shared to the last step."""
+    trainer = build_trainer(load(llama), tmp_path, max_steps=3)
+    enable_prefix_sharing(trainer, max_tokens_per_batch=2000)
+    trainer.add_callback(At("on_step_end", lambda: disable_prefix_sharing(trainer.model)))
+    counting = Counting()
+    trainer.add_callback(counting)
+    with pytest.raises(RuntimeError, match=r"is not shared.* made by max_tokens_per_batch"):
+        trainer.train()
+    assert counting.steps == [1]
+
+
+def test_a_failed_run_says_nothing_more(llama, tmp_path):
+    """Sharing comes off on the way out, with its error alone."""
+
+    def fail():
+        raise ValueError("out of patience")
+
+    trainer = build_trainer(load(llama), tmp_path, max_steps=2)
+    trainer.add_callback(At("on_step_end", fail))
+    sharing = enable_prefix_sharing(trainer, max_tokens_per_batch=2000)
+    with pytest.raises(ValueError, match="out of patience"), sharing:  # warnings are errors
+        trainer.train()
+
+
+def test_a_budget_that_comes_after_the_batches(llama, tmp_path):
+    """Enabled when training has begun: the trainer's own batches, and their own weight."""
+    trainer = build_trainer(load(llama), tmp_path, max_steps=1, per_device_train_batch_size=3)
+    weights = []
+
+    def enable():
+        handle = enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET)
+        budget = trainer.__dict__["_prefix_sharing"].budget
+        plain, weighted = budget._compute_loss, trainer.compute_loss
+
+        def compare(*args, **kwargs):
+            weights.append((weighted(*args, **kwargs) / plain(*args, **kwargs)).item())
+            return plain(*args, **kwargs)
+
+        trainer.compute_loss = compare
+        assert handle.sampler.pairs_per_batch == 4
+
+    trainer.add_callback(At("on_train_begin", enable))
+    trainer.train()
+    assert weights == [pytest.approx(1.0)]
+
+
+def test_a_data_set_that_takes_the_place_of_another(llama, tmp_path):
+    """As in iterative DPO: all of its pairs are trained on, within the budget."""
+    trainer = build_trainer(load(llama), tmp_path, max_steps=3)
+    whole = trainer.train_dataset
+    trainer.train_dataset = whole.select(range(5))
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET) as sharing:
+        assert sum(len(x["input_ids"]) // 2 for x in trainer.get_train_dataloader()) == 5
+        trainer.train_dataset = whole
+        batches = list(trainer.get_train_dataloader())
+        assert sum(len(x["input_ids"]) // 2 for x in batches) == len(whole)
+        assert all(x["input_ids"].prefix_tree.packed_tokens <= BUDGET for x in batches)
+        assert len(batches) == len(sharing.sampler)
+        tokens = sharing.sampler.unique_tokens(range(len(whole)))
+        trainer.data_collator.max_length = 20
+        trainer.get_train_dataloader()
+        assert sharing.sampler.unique_tokens(range(len(whole))) < tokens
 
 
 def test_reward_trainer(llama, tmp_path):

@@ -1,5 +1,7 @@
 """The collator: TRL's tensors, the model's own plan, either layout."""
 
+import copy
+import dataclasses
 import pickle
 import pkgutil
 
@@ -247,3 +249,26 @@ def test_wrapping_leaves_what_has_no_rows():
     images = {"input_ids": torch.ones(2, 3, 4, dtype=torch.int64)}
     got = DataCollatorWithPrefixSharing.wrap(lambda _: images)([])
     assert not isinstance(got["input_ids"], PlannedTensor)
+
+
+@dataclasses.dataclass
+class Padding:
+    """A collator with an option."""
+
+    length: int = 4
+
+    def __call__(self, examples):
+        return {"input_ids": torch.tensor([x + [0] * (self.length - len(x)) for x in examples])}
+
+
+def test_a_wrapped_collator_is_that_collator_to_others():
+    """Trainers ask for its class, set its options, copy it and send it to workers."""
+    wrapped = DataCollatorWithPrefixSharing.wrap(Padding())
+    assert isinstance(wrapped, Padding)
+    wrapped.length = 6
+    assert wrapped.length == wrapped.collator.length == 6
+    for other in (wrapped, copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
+        assert type(other) is type(wrapped)
+        ids = other([[5, 6, 7], [5, 6, 8]])["input_ids"]
+        assert ids.shape == (2, 6)
+        assert ids.prefix_tree.packed_tokens == 4 + 6

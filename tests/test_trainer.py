@@ -18,7 +18,6 @@ def test_a_log_of_the_users_own_is_called_and_put_back():
         data_collator=list,
         callback_handler=SimpleNamespace(callbacks=callbacks),
         add_callback=callbacks.append,
-        remove_callback=callbacks.remove,
     )
     attributes = set(vars(trainer))
     theirs, handle = trainer.log, SimpleNamespace(stats=SharingStats(100, 100, 70, 1))
@@ -35,7 +34,7 @@ def test_a_log_of_the_users_own_is_called_and_put_back():
     patch.remove()
     assert trainer.log is theirs
     assert vars(trainer).keys() == attributes
-    assert not callbacks
+    assert not trainer.callback_handler.callbacks
 
 
 def test_two_heads_on_one_stack_are_one_model():
