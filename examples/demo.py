@@ -90,7 +90,10 @@ def print_table(plain: Watch, shared: Watch) -> None:
         line(i, losses, tokens, seconds)
     total = [(sum(plain.tokens), sum(shared.tokens)), (sum(plain.seconds), sum(shared.seconds))]
     line("all", None, *total)
-    print("\ntokens: decoder tokens of the policy and reference forward; ideal: their ratio.")
+    print(
+        "\ntokens: decoder tokens of the policy and reference forward; ideal: their ratio.\n"
+        "Patched steps ran after all unpatched ones: what else the machine did shows in seconds."
+    )
     if not torch.cuda.is_available():
         print(
             "Without CUDA, TRL projects every cell of the rows through the LM head, prompts and\n"

@@ -158,9 +158,10 @@ class TokenBudget:
         counted = [self.sampler.unique_tokens(group) for group in groups]
         if seen != counted or rows != [rows[0] * len(group) for group in groups]:
             raise ValueError(
-                f"the trainer's batches of the first examples have {seen} unique tokens in {rows} "
-                f"rows, but max_tokens_per_batch counts {counted} in the columns of its data set; "
-                "this trainer makes other rows of them, so use its own batches"
+                f"{type(self._trainer).__name__} makes other rows than max_tokens_per_batch counts "
+                f"in the columns of its data set: its batches of the first examples have {seen} "
+                f"unique tokens in {rows} rows, where {counted} are counted; leave it out, sharing "
+                "serves the trainer's own batches too"
             )
         return names[0], rows[0]
 
@@ -227,6 +228,13 @@ def _counted_in(trainer: Any) -> tuple[Any, int | None, TruncationMode]:
 
 
 def _check_arguments(trainer: Any) -> None:
+    for name in ("get_train_dataloader", "_get_train_sampler"):
+        if getattr(type(trainer), name) is not getattr(Trainer, name):
+            raise ValueError(
+                f"max_tokens_per_batch chooses the batches, and so does {type(trainer).__name__}, "
+                f"which has a {name} of its own; leave it out, sharing serves the trainer's own "
+                "batches too"
+            )
     args = trainer.args
     sampling = getattr(args, "train_sampling_strategy", _BY_DEFAULT)
     if sampling != _BY_DEFAULT or getattr(args, "group_by_length", False):
@@ -234,12 +242,6 @@ def _check_arguments(trainer: Any) -> None:
             f"max_tokens_per_batch chooses the batches, and so does the trainer's "
             f"train_sampling_strategy={sampling!r} or group_by_length; use one of them"
         )
-    for name in ("get_train_dataloader", "_get_train_sampler"):
-        if getattr(type(trainer), name) is not getattr(Trainer, name):
-            raise ValueError(
-                f"max_tokens_per_batch chooses the batches, and so does {type(trainer).__name__}, "
-                f"which has a {name} of its own; leave it out for this trainer"
-            )
     if args.auto_find_batch_size or args.n_gpu > 1:
         raise ValueError(
             "max_tokens_per_batch sizes the batch of one device, which auto_find_batch_size would "

@@ -15,6 +15,7 @@ WORTH = 1.05
 """Below this speed-up, sharing is not worth it."""
 
 _WIDTH = 99
+_MORE_PAIRS = 1.25  # times those of a batch; with fewer the learning rate need not change
 
 
 def names(estimate: Estimate) -> dict[str, str]:
@@ -68,8 +69,7 @@ def as_dict(estimate: Estimate) -> dict[str, Any]:
         "max_tokens_per_batch": estimate.max_tokens,
         "suggested_max_tokens_per_batch": estimate.suggested_max_tokens,
         "refusal": estimate.refusal,
-        "worth_it": estimate.refusal is None
-        and estimate.speed_up(estimate.best, over="packed") >= WORTH,
+        "worth_it": estimate.refusal is None and estimate.sharing >= WORTH,
         "advice": advice(estimate),
     }
 
@@ -115,7 +115,7 @@ def advice(estimate: Estimate) -> list[str]:
         f"Padding removed gives {padding:.2f}x, sharing {sharing:.2f}x on top of it: "
         f"{padding * sharing:.2f}x together ({names(estimate)[best]})."
     ]
-    if sharing < WORTH:
+    if estimate.sharing < WORTH:
         found.append(
             f"Sharing is not worth it for these pairs: {_why(estimate)}. "
             + (
@@ -137,7 +137,7 @@ def advice(estimate: Estimate) -> list[str]:
             "to see the others."
         )
     asked = estimate.max_tokens != estimate.suggested_max_tokens
-    if max(padding, sharing) < WORTH and not asked:
+    if max(padding, estimate.sharing) < WORTH and not asked:
         return found
     return [*found, _budget(estimate), *_rows_of_budget(estimate)]
 
@@ -204,6 +204,8 @@ def _size(count: int) -> str:
 def _length_lines(estimate: Estimate) -> list[str]:
     data, limit = estimate.data, estimate.setting.max_length
     notes = [f"{len(data.lengths):,} pairs"]
+    if len(data.lengths) < data.read_from:
+        notes = [f"{len(data.lengths):,} of {data.read_from:,} pairs, drawn at random"]
     if limit is not None:
         notes.append(f"rows of at most {limit:,} tokens ({data.rows_cut:,} cut)")
     if len(data.pairs) < len(data.lengths):
@@ -287,13 +289,22 @@ def _budget(estimate: Estimate) -> str:
         f"({rows} rows of {longest})"
     )
     steps = [estimate.epochs[way].batches for way in ("padded", "sampler_tokens")]
-    pairs = len(data.pairs) / steps[1]
-    gives = f"{pairs:.1f} pairs a batch, {steps[1]:,.0f} steps in place of {steps[0]:,.0f}"
+    pairs, gain = len(data.pairs) / steps[1], estimate.speed_up("sampler_tokens")
+    gives = f"{gain:.2f}x, {pairs:.1f} pairs a batch"
+    gives += f", {steps[1]:,.0f} batches in place of {steps[0]:,.0f}"
     if estimate.max_tokens == estimate.suggested_max_tokens:
-        return f"Suggested budget: max_tokens_per_batch={suggested}. It gives {gives}."
+        found = f"Suggested budget: max_tokens_per_batch={suggested}. It gives {gives}."
+    else:
+        found = (
+            f"max_tokens_per_batch={estimate.max_tokens} gives {gives}. Suggested for the memory "
+            f"of batches of {setting.batch_size} pairs: {suggested}."
+        )
+    more = steps[0] / steps[1]
+    if more < _MORE_PAIRS:
+        return found
     return (
-        f"max_tokens_per_batch={estimate.max_tokens} gives {gives}. Suggested for the memory of "
-        f"batches of {setting.batch_size} pairs: {suggested}."
+        f"{found} With {more:.1f} times the pairs of a batch an optimizer step has as many more: "
+        "divide gradient_accumulation_steps by that, or adjust the learning rate."
     )
 
 

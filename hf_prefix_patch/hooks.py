@@ -9,6 +9,7 @@ checkpointed layers run again in backward, when any state outside the call has m
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -71,8 +72,8 @@ class BackbonePatch:
         if decoder is not backbone:
             self._hooks.append(decoder.register_forward_pre_hook(pack_embeddings, with_kwargs=True))
         # Before those of the user, which are for rows.
-        unpacking = decoder.register_forward_hook(unpack_rows, with_kwargs=True, prepend=True)
-        self._hooks.append(unpacking)
+        unpack = partial(decoder.register_forward_hook, unpack_rows, with_kwargs=True)
+        self._hooks.append(unpack(prepend=True))
 
     def refresh(self, backbone: PreTrainedModel) -> None:
         """Look at the model again: its kernels or layers may have been exchanged since.

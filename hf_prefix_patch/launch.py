@@ -231,8 +231,4 @@ def _line(seen: _Seen) -> str:
     stats, remark = seen.patch.stats, f" ({seen.remark})" if seen.remark else ""
     if not stats.calls and not stats.bypassed:
         return f"{seen.name}{remark}: not called while sharing was enabled"
-    reasons = ", ".join(f"{reason} ({n})" for reason, n in stats.bypassed.items()) or "none"
-    return (
-        f"{seen.name}{remark}: {stats.row_tokens} tokens in rows, {stats.packed_tokens} packed, "
-        f"ratio {stats.sharing_ratio:.2f}, {stats.calls} calls; bypassed: {reasons}"
-    )
+    return f"{seen.name}{remark}: {stats}"

@@ -115,6 +115,11 @@ def _load(auto: Any, source: str, trust_remote_code: bool, what: str, file: str)
     try:
         return auto.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # of whatever reads or checks what is there
+        if source.startswith((".", "/", "~")) and not Path(source).exists():
+            raise ValueError(
+                f"{source!r} is not there, but must be a folder with {file}; give another path, or "
+                "a name on the hub"
+            ) from error
         if (Path(source) / "adapter_config.json").is_file():
             raise ValueError(
                 f"{source!r} holds a PEFT adapter and no {what}, but one is needed; give the model "

@@ -33,14 +33,15 @@ def read_file(path: Path) -> Items:
         raise FileNotFoundError(
             f"{path} does not exist; give a JSONL, JSON or Parquet file, a folder saved by "
             "datasets, or examples themselves (datasets.load_dataset returns those of a name on "
-            "the hub)"
+            "the hub, and .to_json('pairs.jsonl') of one split writes them to a file)"
         )
     kind = path.suffix.lower()
     if kind not in _KNOWN:
         raise ValueError(
             f"{path} is not JSONL, JSON or Parquet by its name, but only these "
             f"({', '.join(_KNOWN)}) and folders saved by datasets are read; load it with "
-            "datasets.load_dataset and give the result"
+            "datasets.load_dataset, of 'csv' or its other kinds, and give the result, or write it "
+            "to a file by .to_json('pairs.jsonl')"
         )
     if kind == ".parquet":
         return _parquet(path)

@@ -118,7 +118,7 @@ class PrefixSharing:
     def __repr__(self) -> str:
         active = any(map(patch_of, self.backbones))
         state = "active" if active else "removed"
-        return f"PrefixSharing({state}, backend={self._patches[0].backend!r}, stats={self.stats})"
+        return f"PrefixSharing({state}, backend={self._patches[0].backend!r}, stats={self.stats!r})"
 
 
 def enable_prefix_sharing(

@@ -51,6 +51,11 @@ def _check(where: str, example: Any) -> _Parts:
         )
     given = {name: value for name, value in example.items() if value is not None}
     if "chosen" not in given or "rejected" not in given:
+        if "completion" in given:
+            raise ValueError(
+                f"{where} has the columns {sorted(given)} of unpaired data, as KTO takes it, but "
+                "needs chosen and rejected; bring two answers to a prompt into one example"
+            )
         raise ValueError(
             f"{where} has values in the columns {sorted(given)}, but needs chosen and rejected, "
             "and prompt unless both begin with it; rename the columns or leave the example out"

@@ -198,14 +198,15 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
         named = [f"index {i} has {self.unique_tokens([i])}" for i in self.skipped[:3]]
         if len(self.skipped) > 3:
             named.append(f"and {len(self.skipped) - 3} more")
+        most = max(self.unique_tokens([i]) for i in self.skipped)
         message = (
             f"max_tokens is {self._packing.max_tokens}, but the unique tokens of "
-            f"{len(self.skipped)} pairs exceed it ({', '.join(named)})"
+            f"{len(self.skipped)} pairs exceed it ({', '.join(named)}; up to {most})"
         )
         if oversized == "raise":
             raise ValueError(
-                f"{message}; raise max_tokens, cut rows with max_length, or leave such pairs out "
-                'with oversized="skip"'
+                f"{message}; raise max_tokens to {most}, cut rows with max_length, or leave such "
+                'pairs out with oversized="skip"'
             )
         warnings.warn(
             f"{message}; they are left out; raise max_tokens or cut rows with max_length to have "

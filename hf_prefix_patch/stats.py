@@ -35,6 +35,20 @@ class SharingStats:
         """Real tokens in rows per packed token; 1.0 while nothing was shared."""
         return self.row_tokens / self.packed_tokens if self.packed_tokens else 1.0
 
+    @property
+    def padded_ratio(self) -> float:
+        """Cells in rows, padding included, per packed token: what both save together."""
+        return self.padded_tokens / self.packed_tokens if self.packed_tokens else 1.0
+
+    def __str__(self) -> str:
+        """In words: tokens, ratios, calls, and what was bypassed."""
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in self.bypassed.items())
+        return (
+            f"{self.packed_tokens:,} tokens computed in place of {self.padded_tokens:,} "
+            f"({self.padded_ratio:.2f}x, of which sharing {self.sharing_ratio:.2f}x, the rest "
+            f"padding), {self.calls:,} calls; bypassed: {reasons or 'none'}"
+        )
+
     def add(self, tree: PrefixTree) -> None:
         """Count a shared call; it counts from its start, whatever happens in it."""
         with _lock:

@@ -241,9 +241,10 @@ def report_cuts(cuts: Sequence[str | None], left_out: int = 0, limit: int | None
         # A warning, as there is something to mend; leaving out is what max_length asked for.
         warnings.warn(
             f"in {len(ends)} of {len(cuts)} examples the prompt alone ends in other tokens than "
-            f"before an answer; that end ({ends[0]} in the first) is left out, so the model trains "
-            "on another prompt than it is later given; use a chat template that renders prompts "
-            "the same in both places, or end prompts between tokens",
+            f"before an answer; that end ({ends[0]} in the first) is left out, as TRL does, so the "
+            "model trains on another prompt than it is later given; sharing is not concerned: use "
+            "a chat template that renders prompts the same in both places, or end prompts between "
+            "tokens",
             stacklevel=3,
         )
     empty = sum(cut is None for cut in cuts)

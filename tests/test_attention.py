@@ -9,7 +9,7 @@ from families import tiny_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from hf_prefix_patch import PrefixTree, enable_prefix_sharing
+from hf_prefix_patch import PrefixTree, enable_prefix_sharing, support
 from hf_prefix_patch.attention import prefix_sharing_attention
 from hf_prefix_patch.backends.sdpa import SDPA
 from hf_prefix_patch.backends.varlen import TORCH_VARLEN
@@ -92,8 +92,9 @@ def test_calls_without_descriptors_are_those_of_the_model(attention):
     assert sharing.stats.calls == 0
 
 
-def test_other_implementations_see_the_config_that_names_them():
+def test_other_implementations_see_the_config_that_names_them(monkeypatch):
     """transformers' flash wrapper reads the implementation from the module's config."""
+    monkeypatch.setattr(support, "is_known_attention", lambda name: True)
     seen = []
 
     def recording(module, query, key, value, attention_mask, **kwargs):

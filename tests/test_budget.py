@@ -518,7 +518,7 @@ BAD = {
     "other rows": (
         _other_rows,
         {"max_tokens_per_batch": 99},
-        "this trainer makes other rows of them, so use its own batches",
+        "DPOTrainer makes other rows than .* leave it out, sharing serves",
     ),
     "no rows": (
         _without_rows,

@@ -205,6 +205,7 @@ def test_json(run, folder):
     gain = found["gain"]
     assert gain["both"] == pytest.approx(gain["padding_removed"] * gain["sharing"])
     assert found["worth_it"] is (gain["sharing"] >= 1.05) is True
+    assert found["gain"]["best"] in ("shared_across", "sampler_pairs")
     assert found["setting"]["max_length"] == 1024
 
 
@@ -356,10 +357,12 @@ def test_the_budget_is_explained():
     ]
     suggested = report.advice(advice(examples))[-2]
     assert "max_tokens_per_batch=164: as many tokens as the largest padded batch" in suggested
-    assert "(4 rows of 41). It gives 2.7 pairs a batch, 3 steps in place of 4." in suggested
+    assert "(4 rows of 41). It gives 1." in suggested
+    assert "x, 2.7 pairs a batch, 3 batches in place of 4. With 1.3 times the pairs" in suggested
     assert not any("max_tokens" in x for x in report.advice(advice(long_answers())))
     given = report.advice(advice(long_answers(), max_tokens=100))[-1]
-    assert given.startswith("max_tokens_per_batch=100 gives 1.0 pairs a batch, 8 steps in place of")
+    assert given.startswith("max_tokens_per_batch=100 gives 1.0")
+    assert "x, 1.0 pairs a batch, 8 batches in place of 4. Suggested" in given
     assert "Suggested for the memory of batches of 2 pairs: 164" in given
 
 
@@ -438,7 +441,9 @@ def test_data_that_is_broken(refused, path, tmp_path):
 
 
 def test_tokenizers_that_are_none(refused, folder, tmp_path):
-    assert "no tokenizer could be loaded from" in refused(tokenizer=tmp_path / "nosuch")
+    message = "nosuch' is not there, but must be a folder with tokenizer.json; give another"
+    assert message in refused(tokenizer=tmp_path / "nosuch")
+    assert "no tokenizer could be loaded from" in refused(tokenizer=tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no talk') }}"
     tokenizer.chat_template = None

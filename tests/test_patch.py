@@ -419,6 +419,18 @@ def test_stats():
     assert stats.row_tokens == 2 * int(batch.attention_mask.sum())
     assert stats.packed_tokens == 2 * (9 + 4 + 6 + 7 + 5 + 2)
     assert stats.sharing_ratio == stats.row_tokens / stats.packed_tokens
+    assert stats.padded_ratio == stats.padded_tokens / stats.packed_tokens
+
+
+def test_stats_in_words():
+    assert str(SharingStats()).startswith("0 tokens computed in place of 0 (1.00x, of which sha")
+    stats = SharingStats(1500, 2000, 1000, 3)
+    stats.add_bypassed("inputs_embeds")
+    stats.add_bypassed("inputs_embeds")
+    assert str(stats) == (
+        "1,000 tokens computed in place of 2,000 (2.00x, of which sharing 1.50x, the rest "
+        "padding), 3 calls; bypassed: inputs_embeds (2)"
+    )
 
 
 def test_stats_add_up():

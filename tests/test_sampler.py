@@ -267,7 +267,8 @@ def test_pairs_over_the_budget_are_named():
     with pytest.raises(
         ValueError,
         match=r"max_tokens is 50, but the unique tokens of 4 pairs exceed it \(index 2 has 117, "
-        r"index 5 has 120, index 6 has 121, and 1 more\); raise max_tokens, cut .*max_length.*skip",
+        r"index 5 has 120, index 6 has 121, and 1 more; up to 123\); raise max_tokens to "
+        r"123, cut .*max_length.*skip",
     ):
         Sampler(pairs, 50)
     assert Sampler(pairs, 50, max_length=20).skipped == ()

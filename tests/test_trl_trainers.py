@@ -126,6 +126,35 @@ def test_pairs(llama, tmp_path, name, form, lora):
     assert got.handle.stats.sharing_ratio > (2.5 if name == "tpo" else 1.8)  # three rows, or two
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("reward", None),
+        ("orpo", "ORPOTrainer makes other rows than max_tokens_per_batch counts"),
+        ("cpo", "CPOTrainer makes other rows than max_tokens_per_batch counts"),
+        ("tpo", "TPOTrainer makes other rows than max_tokens_per_batch counts"),
+        ("kto", "so does KTOTrainer, which has a .* of its own; leave it out, sharing serves"),
+        ("GRPO", "so does GRPOTrainer, which has a .* of its own; leave it out, sharing serves"),
+        ("RLOO", "so does RLOOTrainer, which has a .* of its own; leave it out, sharing serves"),
+    ],
+)
+def test_batches_by_token_budget(llama, tmp_path, name, reason):
+    """As docs/trainers.md says; the trainer's own batches are shared with all of these."""
+    if name == "kto":
+        build = build_kto(tmp_path, 2)
+    elif name in ("GRPO", "RLOO"):
+        build = build_group(name, tmp_path)
+    else:
+        build = build_paired(name, tmp_path)
+    trainer = build(model_for(name, llama))
+    if reason is None:
+        with enable_prefix_sharing(trainer, max_tokens_per_batch=400) as sharing:
+            assert len(sharing.sampler) > 1
+    else:
+        with pytest.raises(ValueError, match=reason):
+            enable_prefix_sharing(trainer, max_tokens_per_batch=400)
+
+
 @pytest.mark.parametrize("name", ["reward", "orpo", "cpo", "tpo"])
 def test_pairs_with_checkpointing(llama, tmp_path, name):
     build = build_paired(name, tmp_path, gradient_checkpointing=True)

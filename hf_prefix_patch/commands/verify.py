@@ -35,6 +35,7 @@ EQUAL, DIFFERENT, BAD_INPUT, REFUSED, UNPROVED, FAILED = range(6)
 
 _CODES = {"equal": EQUAL, "mismatch": DIFFERENT, "too noisy": UNPROVED}
 _SHOWN = 5  # mismatches
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-length", type=count, default=512, metavar="N", help="of a row (default: 512)")
     add("--tokenizer", type=name, metavar="T", help="folder or name, if not that of the model")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, default="auto", type=lambda x: _DTYPES.get(x, x))
     add("--load-in-4bit", action="store_true", help="nf4 weights of bitsandbytes; implies --lora")
     add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
     add("--attn-implementation", metavar="NAME", help="as transformers takes it")
