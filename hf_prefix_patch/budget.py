@@ -57,16 +57,17 @@ class TokenBudget:
         _check_arguments(trainer)
         _check_sampler_options(options)
         self._trainer, self._max_tokens, self._options = trainer, max_tokens, dict(options)
-        self.sampler = self._count()
+        self._counted = _counted_in(trainer)
+        self.sampler = self._count(*self._counted)
         self.callback = SetEpoch(self.sampler)
         self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step
         self._gather = trainer.accelerator.gather
         self._rows_name, self._rows_per_pair = self._check_rows()
 
-    def _count(self) -> PrefixSharingBatchSampler:
-        """A sampler for the trainer's present data set."""
-        self._counted, args = _counted_in(self._trainer), self._trainer.args
-        dataset, max_length, truncation_mode = self._counted
+    def _count(
+        self, dataset: Any, max_length: int | None, truncation_mode: TruncationMode
+    ) -> PrefixSharingBatchSampler:
+        args = self._trainer.args
         ours = {
             "max_length": max_length,
             "truncation_mode": truncation_mode,
@@ -100,10 +101,12 @@ class TokenBudget:
 
     def dataloader(self) -> DataLoader[Any]:
         """What `Trainer.get_train_dataloader` gives, over the batches of the sampler."""
-        dataset, *cut = _counted_in(self._trainer)
-        if dataset is not self._counted[0] or cut != list(self._counted[1:]):
-            vars(self.sampler).update(vars(self._count()))  # handle and callback know this one
+        counted = _counted_in(self._trainer)
+        if counted[0] is not self._counted[0] or counted[1:] != self._counted[1:]:
+            # In place, as the handle and the callback know this one.
+            vars(self.sampler).update(vars(self._count(*counted)))
             self._rows_name, self._rows_per_pair = self._check_rows()
+            self._counted = counted
         self._has_dealt = True
         args = self._trainer.args
         dataset, collator = self._data()

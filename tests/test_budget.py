@@ -770,6 +770,11 @@ def test_a_data_set_that_takes_the_place_of_another(llama, tmp_path):
         assert len(batches) == len(sharing.sampler)
         tokens = sharing.sampler.unique_tokens(range(len(whole)))
         trainer.data_collator.max_length = 20
+        trainer.train_dataset = whole.select([])
+        for _ in range(2):  # what cannot be counted is never trained by the batches of another
+            with pytest.raises(ValueError, match="data has no examples"):
+                trainer.get_train_dataloader()
+        trainer.train_dataset = whole
         trainer.get_train_dataloader()
         assert sharing.sampler.unique_tokens(range(len(whole))) < tokens
 

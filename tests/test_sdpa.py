@@ -467,3 +467,8 @@ def test_cudnn_is_left_out(monkeypatch, allowed):
         assert_all_ways_equal(tree, sliding_window=3)
         assert cuda.cudnn_sdp_enabled() == allowed
     assert set(seen) == {(False, True)}
+
+
+def test_cudnn_stays_where_nothing_else_is_allowed():
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), sdpa._without_cudnn():
+        assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -75,14 +75,16 @@ def sdpa_attend(
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
     """cuDNN builds a plan for every new shape, which takes many times as long as the attention, and
-    every batch has chains of new lengths. Other kernels serve as the user allows."""
-    allowed: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    every batch has chains of new lengths. Other kernels serve, if the user allows any."""
+    cuda: Any = torch.backends.cuda
+    allowed = cuda.cudnn_sdp_enabled()
+    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+    cuda.enable_cudnn_sdp(allowed and not others)
     try:
         yield
     finally:
         if allowed:  # threads that overlap must not leave it off
-            torch.backends.cuda.enable_cudnn_sdp(True)
+            cuda.enable_cudnn_sdp(True)
 
 
 @_without_cudnn()
