@@ -73,9 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="deal out the completions of a prompt together (GRPO, RLOO)",
     )
     parser.add_argument("script", metavar="SCRIPT", help="a Python file, or with -m a module")
-    parser.add_argument(
+    rest = parser.add_argument(
         "arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="of the script"
     )
+    rest.required = False  # or they are named where SCRIPT is missing
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -103,8 +104,13 @@ def main(arguments: argparse.Namespace) -> None:
     )
     os.environ[VARIABLE] = str(options)
     switch = switch_on(options)
-    atexit.register(lambda: None if switch.used else _say_unused())
-    (run_module if arguments.module else run_file)(arguments.script, arguments.arguments)
+    say = atexit.register(lambda: None if switch.used else _say_unused())
+    try:
+        (run_module if arguments.module else run_file)(arguments.script, arguments.arguments)
+    except BaseException as error:
+        if not isinstance(error, SystemExit) or error.code:  # has something else to say
+            atexit.unregister(say)
+        raise
 
 
 def _say_unused() -> None:
