@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -28,23 +29,32 @@ def adapter_reason(backbone: nn.Module) -> str | None:
     """
     if "peft.tuners.tuners_utils" not in sys.modules:
         return None
-    for module in _outermost(backbone, sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer):
-        if any(map(_is_of_peft, module._forward_pre_hooks.values())):
+    for module in _outermost(backbone):
+        before, after = module._forward_pre_hooks, module._forward_hooks
+        if before and any(map(_is_of_peft, before.values())):
             return "adapters chosen by row"
-        if any(map(_is_of_peft, module._forward_hooks.values())):
+        if after and any(map(_is_of_peft, after.values())):
             return "PEFT reads the activations of rows"
         if _depends_on_batch(module):
             return "an adapter that depends on the batch"
     return None
 
 
-def _outermost(module: nn.Module, stop: type) -> Iterator[nn.Module]:
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
     """The modules below one, without what is inside adapter layers; called once a forward."""
-    for child in module._modules.values():
-        if child is not None:
-            yield child
-            if not isinstance(child, stop):
-                yield from _outermost(child, stop)
+    left = [module]
+    while left:
+        for child in left.pop()._modules.values():
+            if child is not None:
+                yield child
+                kind: Any = type(child)
+                if child._modules and not _is_adapter(kind):
+                    left.append(child)
+
+
+@cache
+def _is_adapter(kind: type) -> bool:
+    return issubclass(kind, sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer)
 
 
 def _is_of_peft(hook: Any) -> bool:
@@ -54,8 +64,13 @@ def _is_of_peft(hook: Any) -> bool:
 
 
 def _depends_on_batch(module: nn.Module) -> bool:
-    package = type(module).__module__
-    if package.startswith("peft.tuners.") and package.split(".")[2].upper() in _BY_BATCH:
-        return True
-    variants: dict[str, Any] = getattr(module, "lora_variant", {})
-    return any(type(variant).__name__ == _VELORA for variant in variants.values())
+    variants: dict[str, Any] = module.__dict__.get("lora_variant", {})
+    velora = any(type(variant).__name__ == _VELORA for variant in variants.values())
+    kind: Any = type(module)
+    return velora or _is_by_batch(kind)
+
+
+@cache
+def _is_by_batch(kind: type) -> bool:
+    package = kind.__module__
+    return package.startswith("peft.tuners.") and package.split(".")[2].upper() in _BY_BATCH
