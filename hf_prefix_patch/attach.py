@@ -69,10 +69,9 @@ def share_model(
         # Nobody goes on from the cache of a classifier, and a trainer that calls a model beside its
         # policy reads the outputs alone.
         classifies = backbone is not model and not model.can_generate()
-        expects_cache = is_policy and not classifies
-        if found is not None:  # whoever enabled another head on the same stack may go on from it
-            expects_cache |= found[2]
-        patch.configure(backend, on_bypass, expects_cache)
+        if found is not None and found[2]:
+            classifies = False  # alone: another head on the same stack may go on from its cache
+        patch.configure(backend, on_bypass, is_policy and not classifies)
         patch.refresh(backbone)
         with nullcontext() if trainer is None else autocast_of(trainer, backbone.device):
             patch.last = patch.selection(backbone)

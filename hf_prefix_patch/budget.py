@@ -43,6 +43,7 @@ class TokenBudget:
     Attributes:
         in_force: whether the trainer makes its batches by it. A loss of the user's own around this
             one stays in the trainer when sharing is removed, and weighs no more.
+        has_dealt: whether the trainer has asked for batches; before, it trains on its own.
 
     Raises:
         ValueError: an option of the trainer that chooses batches too; and as the sampler.
@@ -50,19 +51,19 @@ class TokenBudget:
     """
 
     in_force = False
-    _said = False
-    _has_dealt = False  # whether the trainer has asked for batches: before, it trains on its own
 
     def __init__(self, trainer: Any, max_tokens: int, options: Mapping[str, Any]) -> None:
         _check_arguments(trainer)
         _check_sampler_options(options)
         self._trainer, self._max_tokens, self._options = trainer, max_tokens, dict(options)
+        self._said = False
+        self.has_dealt = False
         self._counted = _counted_in(trainer)
         self.sampler = self._count(*self._counted)
         self.callback = SetEpoch(self.sampler)
         self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step
         self._gather = trainer.accelerator.gather
-        self._rows_name, self._rows_per_pair = self._check_rows()
+        self._rows_name, self._rows_per_pair = self._check_rows(self.sampler)
 
     def _count(
         self, dataset: Any, max_length: int | None, truncation_mode: TruncationMode
@@ -103,11 +104,12 @@ class TokenBudget:
         """What `Trainer.get_train_dataloader` gives, over the batches of the sampler."""
         counted = _counted_in(self._trainer)
         if counted[0] is not self._counted[0] or counted[1:] != self._counted[1:]:
+            sampler = self._count(*counted)
+            self._rows_name, self._rows_per_pair = self._check_rows(sampler)
             # In place, as the handle and the callback know this one.
-            vars(self.sampler).update(vars(self._count(*counted)))
-            self._rows_name, self._rows_per_pair = self._check_rows()
+            vars(self.sampler).update(vars(sampler))
             self._counted = counted
-        self._has_dealt = True
+        self.has_dealt = True
         args = self._trainer.args
         dataset, collator = self._data()
         loader: DataLoader[Any] = DataLoader(
@@ -135,14 +137,14 @@ class TokenBudget:
             return trainer._remove_unused_columns(dataset, description="training"), collator
         return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
 
-    def _check_rows(self) -> tuple[str, int]:
+    def _check_rows(self, sampler: PrefixSharingBatchSampler) -> tuple[str, int]:
         """A tensor of rows in the trainer's batches, and how many of its rows an example makes.
 
         Raises:
             ValueError: there is none, or it holds other tokens than the sampler counts.
         """
         dataset, collator = self._data()
-        kept = sorted(set(range(len(dataset))) - set(self.sampler.skipped))[:_COUNTED]
+        kept = sorted(set(range(len(dataset))) - set(sampler.skipped))[:_COUNTED]
         groups = [*([i] for i in kept), kept]  # one by one, and together
         with torch.random.fork_rng(devices=[]):
             batches = [collator([dataset[i] for i in group]) for group in groups]
@@ -158,7 +160,7 @@ class TokenBudget:
             )
         rows = [batch[names[0]].shape[0] for batch in batches]
         seen = [_packed_tokens(batch, names) for batch in batches]
-        counted = [self.sampler.unique_tokens(group) for group in groups]
+        counted = [sampler.unique_tokens(group) for group in groups]
         if seen != counted or rows != [rows[0] * len(group) for group in groups]:
             raise ValueError(
                 f"{type(self._trainer).__name__} makes other rows than max_tokens_per_batch counts "
@@ -171,7 +173,7 @@ class TokenBudget:
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss, in training times the weight of the batch."""
         result = self._compute_loss(model, inputs, *args, **kwargs)
-        in_force = self.in_force and self._has_dealt and self._trainer.model.training
+        in_force = self.in_force and self.has_dealt and self._trainer.model.training
         by_tokens = kwargs.get("num_items_in_batch") is not None
         if in_force and by_tokens:
             self._say_by_tokens()

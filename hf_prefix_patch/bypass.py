@@ -103,6 +103,11 @@ def _bypass_reasons(
     config, ids = backbone.config.get_text_config(decoder=True), inputs.get("input_ids")
     if getattr(backbone, "_is_replica", False):
         yield "DataParallel, which parts the rows of a batch"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        yield "a torch.func transformation"  # no tensor can be read in one
+    traced = torch._C._is_tracing() or isinstance(ids, FakeTensor)
+    if traced or torch.compiler.is_exporting():
+        yield "tracing or export"
     if ids is None or inputs.get("inputs_embeds") is not None:
         yield "inputs_embeds"
         return
@@ -144,11 +149,6 @@ def _bypass_reasons(
         yield adapters
     if _context_parallel():
         yield "context parallel"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        yield "a torch.func transformation"  # token ids cannot be read in one
-    traced = torch._C._is_tracing() or isinstance(ids, FakeTensor)
-    if traced or torch.compiler.is_exporting():
-        yield "tracing or export"
 
 
 def passes_through(stack: PreTrainedModel, name: str, value: Any) -> bool:

@@ -42,6 +42,15 @@ class CheckPolicy(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
+        self._check(model)
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self._by_budget:  # the batches stay those of the budget until training ends
+            self._check(model)
+
+    def _check(self, model: Any) -> None:
         with suppress(TypeError):  # no model of transformers
             if is_shared(model):
                 return
@@ -57,9 +66,3 @@ class CheckPolicy(TrainerCallback):
             raise RuntimeError(message)
         if self._on_bypass == "warn":
             warn_caller(f"prefix sharing: {message}")
-
-    def on_step_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        if self._by_budget:  # the batches stay those of the budget until training ends
-            self.on_train_begin(args, state, control, model=model)

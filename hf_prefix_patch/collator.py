@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from inspect import isroutine
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -245,7 +246,7 @@ class PlanningCollator:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return type(self.collator)
+        return PlanningCollator if isroutine(self.collator) else type(self.collator)
 
     def __reduce__(self) -> tuple[type[PlanningCollator], tuple[Callable[..., Any]]]:
         return PlanningCollator, (self.collator,)

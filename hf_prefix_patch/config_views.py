@@ -10,7 +10,12 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import NAME
 from hf_prefix_patch.bypass import LAYERS_CHANGED
-from hf_prefix_patch.features import is_attention, layer_slides, named_layer_types
+from hf_prefix_patch.features import (
+    is_attention,
+    layer_slides,
+    named_layer_types,
+    sliding_window,
+)
 
 
 class _SharedAttentionConfig:
@@ -41,44 +46,61 @@ class Views:
     """The views that the attention modules of a decoder stack were given, by the layers and layer
     types that it has. Both may be changed afterwards: layers pruned, windows switched off.
 
-    Holds the modules: one that has left the stack gets its own config back too.
+    Holds modules, and so lives on the stack itself, to go and to be copied with it.
     """
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
+        self._layers: tuple[Any, ...] = ()
 
     def give(self, decoder: PreTrainedModel) -> None:
-        """Give views by the layers as they are now."""
-        self.restore()
-        self._layers = _layers(decoder)
+        """Give views by the layers as they are now, but to those that have the right one."""
+        found = list(_attention(decoder))
+        here = {id(module) for module, _ in found}
+        for module in self._modules:
+            if id(module) not in here:  # it has left
+                _restore(module)
         # One view for all layers of a kind: compiled code is made for each object it sees.
         views: dict[tuple[int, bool | None], Any] = {}
-        for module, slides in _attention(decoder):
+        for module, slides in found:
             config: Any = module.config
-            self._modules.append(module)
-            view = _SharedAttentionConfig(config, slides)
-            module.config = views.setdefault((id(config), slides), view)
+            original = getattr(config, "prefix_sharing_original", config)
+            fits = original is not config and config.prefix_sharing_slides == slides
+            view = config if fits else _SharedAttentionConfig(original, slides)
+            module.config = views.setdefault((id(original), slides), view)
+        self._modules = [module for module, _ in found]
+        self._layers = _layers(decoder)
 
-    def restore(self) -> None:
-        """Give the modules their own config back."""
-        for module in self._modules:
-            if isinstance(module.config, _SharedAttentionConfig):
-                module.config = module.config.prefix_sharing_original
-        self._modules = []
+    def restore(self, decoder: PreTrainedModel) -> None:
+        """Give all modules their own config back, copies of theirs as well."""
+        for module in (*self._modules, *decoder.modules()):
+            _restore(module)
+        self._modules, self._layers = [], ()
 
     def outdated(self, decoder: PreTrainedModel) -> str | None:
         """Why the stack cannot run shared with these views any more; None if it can."""
         if any(getattr(module, "is_causal", True) is False for module in self._modules):
             return "bidirectional attention"
-        now = _layers(decoder)
-        if now != self._layers:
-            for module, slides in _attention(decoder):
-                view: Any = module.config
-                known = isinstance(view, _SharedAttentionConfig)
-                if not known or view.prefix_sharing_slides != slides:
-                    return LAYERS_CHANGED
-            self._layers = now  # wrapped, or changed in what attention does not depend on
+        if _layers(decoder) != self._layers:
+            if not all(_fits(module, slides) for module, slides in _attention(decoder)):
+                return LAYERS_CHANGED
+            self.give(decoder)  # wrapped, or changed in what attention does not depend on
         return None
+
+
+def _restore(module: nn.Module) -> None:
+    config = getattr(module, "config", None)
+    if isinstance(config, _SharedAttentionConfig):
+        module.config = config.prefix_sharing_original
+
+
+def _fits(module: nn.Module, slides: bool | None) -> bool:
+    view: Any = module.config
+    if not isinstance(view, _SharedAttentionConfig):
+        return False
+    # A window that is taken away while layers have one kind is read at every call.
+    unnamed = named_layer_types(view) is None and sliding_window(view) is None
+    return view.prefix_sharing_slides == slides or (bool(view.prefix_sharing_slides) and unnamed)
 
 
 def _attention(decoder: PreTrainedModel) -> Iterator[tuple[nn.Module, bool | None]]:
@@ -98,7 +120,8 @@ def _attention(decoder: PreTrainedModel) -> Iterator[tuple[nn.Module, bool | Non
 
 
 def _layers(decoder: PreTrainedModel) -> tuple[Any, ...]:
-    """What says which kind of attention is where: layers in their lists, and the config. A window
-    that is set or taken away while layers have one kind is read at every call."""
-    lists = [tuple(x) for x in decoder.children() if isinstance(x, nn.ModuleList)]
-    return lists, list(named_layer_types(decoder.config) or ())
+    """What says which kind of attention is where: layers in their lists, and the config."""
+    parts = [x for child in decoder.children() for x in (child, *child.children())]
+    lists = [tuple(x) for x in parts if isinstance(x, nn.ModuleList)]
+    config = decoder.config
+    return lists, list(named_layer_types(config) or ()), sliding_window(config) is None

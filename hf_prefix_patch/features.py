@@ -136,8 +136,8 @@ def is_known_attention(implementation: str | None) -> bool:
     """Whether an attention implementation computes what transformers' own do, and no function that
     the user has registered."""
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    module = getattr(function, "__module__", "")
-    return function is None or is_flash(implementation) or module.startswith("transformers.")
+    function = getattr(function, "func", function)  # of kernels from the hub it is a partial
+    return function is None or getattr(function, "__module__", "").startswith("transformers.")
 
 
 def flash_dtype(config: Any) -> torch.dtype | None:

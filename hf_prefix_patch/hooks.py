@@ -45,6 +45,7 @@ from hf_prefix_patch.wrappers import backbone_of, unwrap
 OnBypass = Literal["warn", "ignore", "raise"]
 
 _STATE = "_prefix_sharing"
+_VIEWS = "_prefix_sharing_views"
 _PATIENCE = 8  # training calls without a shared token before saying so
 
 
@@ -65,9 +66,9 @@ class BackbonePatch:
         self.unshared_training_calls: int | None = 0  # None once something was shared
         self._hooks: list[Any] = []
         self.recurrence: TreeRecurrence | None = None
-        self.views = Views()
         setattr(backbone, _STATE, self)  # first: it is what undoes the rest
-        self.views.give(decoder)
+        setattr(backbone, _VIEWS, Views())
+        views_of(backbone).give(decoder)
         self._hooks.append(backbone.register_forward_pre_hook(pack_rows, with_kwargs=True))
         if decoder is not backbone:
             self._hooks.append(decoder.register_forward_pre_hook(pack_embeddings, with_kwargs=True))
@@ -83,8 +84,8 @@ class BackbonePatch:
         """
         decoder = decoder_of(backbone)
         self.recurrence = recurrence_of(decoder)
-        if self.views.outdated(decoder) is not None:
-            self.views.give(decoder)
+        self._structure = structure_of(decoder)
+        views_of(backbone).give(decoder)
 
     def configure(self, backend: str, on_bypass: OnBypass, cache_by_default: bool = True) -> None:
         """Set the options; `cache_by_default` as in `bypass_reason`."""
@@ -96,7 +97,9 @@ class BackbonePatch:
         self.recurrence = None
         for hook in self._hooks:
             hook.remove()
-        self.views.restore()
+        if _VIEWS in backbone.__dict__:
+            views_of(backbone).restore(decoder_of(backbone))
+            delattr(backbone, _VIEWS)
         delattr(backbone, _STATE)
         forget()
 
@@ -179,6 +182,12 @@ def patch_of(backbone: PreTrainedModel) -> BackbonePatch | None:
     return backbone.__dict__.get(_STATE)
 
 
+def views_of(backbone: PreTrainedModel) -> Views:
+    """The views of a patched decoder stack."""
+    views: Views = backbone.__dict__[_VIEWS]
+    return views
+
+
 def is_shared(model: nn.Module) -> bool:
     """Whether the decoder stack in a model, in its wrappers, carries a patch.
 
@@ -202,7 +211,7 @@ def pack_rows(
     inputs = by_name(backbone, args, kwargs)
     packed = is_packed(inputs)
     if packed:
-        outdated = patch.views.outdated(decoder_of(backbone))
+        outdated = views_of(backbone).outdated(decoder_of(backbone))
         plan, inputs = take_packed(backbone, inputs, outdated)
     else:
         plan = _plan_rows(backbone, patch, inputs)
@@ -230,7 +239,7 @@ def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str
     check_tensors(inputs)
     decoder = decoder_of(backbone)
     reason = bypass_reason(backbone, inputs, patch.cache_by_default)
-    reason = reason or patch.views.outdated(decoder)
+    reason = reason or views_of(backbone).outdated(decoder)
     if reason is not None:
         return Plan(None, reason)
     plan = plan_of(inputs) or recall_plan([inputs.get(name) for name in ROW_INPUTS])

@@ -235,8 +235,7 @@ class TrainerPatch:
 
     def _say_if_training(self) -> None:
         """The data loader of a run that has begun goes on dealing out batches by token budget."""
-        interrupted = sys.exc_info()[0] is not None  # then the run is over
-        if self.budget is not None and self._trainer.is_in_train and not interrupted:
+        if self.budget is not None and self.budget.has_dealt and _is_training(self._trainer):
             warn_caller(
                 "prefix sharing was removed from a trainer that is training: until this run ends "
                 "its batches are those of max_tokens_per_batch, which may need several times their "
@@ -250,6 +249,16 @@ class TrainerPatch:
             self.remove()
             if self._before is not None:
                 self._before.apply()
+
+
+def _is_training(trainer: Any) -> bool:
+    """Whether the caller is inside of `trainer.train()`; its own flag stays after an error."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def trainer_patch_of(trainer: Any) -> TrainerPatch | None:

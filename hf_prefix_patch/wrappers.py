@@ -63,12 +63,14 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder stack: what every trainer and head calls, whatever they do to the model."""
     stack: Any = model.base_model
     parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    alike = [part for part in parts if type(part.config) is type(model.config)]
     if stack is model and model.get_output_embeddings() is not None:
         # Llama 4 and Mllama: a head under whose base_model_prefix there is nothing.
         embeddings = model.get_input_embeddings()
         stack = next((x for x in parts if embeddings in x.modules()), model)
-    elif stack is model and [part.config for part in parts] == [model.config]:
-        stack = parts[0]  # in a model of the user's own, under a name of its own
+    elif stack is model and not type(model).__module__.startswith("transformers."):
+        # In a model of the user's own the stack may have a name of its own.
+        stack = backbone_of(alike[0]) if len(alike) == 1 else model
     return cast(PreTrainedModel, getattr(stack, "_orig_mod", stack))  # compiled: what is inside
 
 

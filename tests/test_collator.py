@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 import pkgutil
 
@@ -272,3 +273,10 @@ def test_a_wrapped_collator_is_that_collator_to_others():
         ids = other([[5, 6, 7], [5, 6, 8]])["input_ids"]
         assert ids.shape == (2, 6)
         assert ids.prefix_tree.packed_tokens == 4 + 6
+
+
+def test_a_wrapped_function_is_no_function_to_others():
+    """`inspect` would look for its code."""
+    wrapped = DataCollatorWithPrefixSharing.wrap(Padding().__call__)
+    assert not inspect.isroutine(wrapped)
+    assert len(inspect.signature(wrapped).parameters) == 2

@@ -165,3 +165,56 @@ def test_layers_that_are_added(family):
         got = run(model, batch)
     assert_same_run(got, run(model, batch))
     assert sharing.stats.calls == 1
+
+
+def test_copies_of_layers_give_their_view_back():
+    """Depth up-scaling: shared as they come, and nothing of sharing is left in them."""
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(model) as sharing:
+        layers = model.model.layers
+        layers[0] = copy.deepcopy(layers[1])
+        layers.append(copy.deepcopy(layers[1]))
+        model.config.num_hidden_layers = 3
+        for i, layer in enumerate(layers):
+            layer.self_attn.layer_idx = i
+        got = run(model, batch)
+        for layer in layers[1:]:
+            layer.self_attn.is_causal = False
+        with pytest.warns(UserWarning, match="bypassed: bidirectional attention"):
+            run(model, batch)
+        for layer in layers[1:]:
+            layer.self_attn.is_causal = True
+    assert_same_run(got, run(model, batch))
+    for layer in model.model.layers:
+        assert type(layer.self_attn.config) is type(model.config)
+    assert sharing.stats.calls == 1
+
+
+def test_an_attention_module_that_is_exchanged():
+    """Shared once sharing is enabled again; until then it fails on a mask of no size."""
+    model, batch = tiny_model(), preference_batch()
+    with enable_prefix_sharing(model):
+        old = model.model.layers[0].self_attn
+        model.model.layers[0].self_attn = type(old)(model.config, 0)
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            run(model, batch)
+        enable_prefix_sharing(model)
+        got = run(model, batch)
+    assert_same_run(got, run(model, batch))
+
+
+@by_place
+def test_a_window_that_is_set_later():
+    """Other backends may be needed: bypassed, and shared once sharing is enabled again."""
+    model, batch = tiny_model("mistral"), long_batch()
+    with enable_prefix_sharing(model) as sharing:
+        model.config.sliding_window = 7
+        with pytest.warns(UserWarning, match=f"bypassed: {LAYERS_CHANGED}"):
+            unshared = run(model, batch)
+        enable_prefix_sharing(model)
+        shared = run(model, batch)
+        assert model.model._prefix_sharing.last.needs.windows == {7}
+    want = run(model, batch)
+    assert_same_run(unshared, want)
+    assert_same_run(shared, want)
+    assert sharing.stats.calls == 1

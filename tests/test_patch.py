@@ -153,10 +153,11 @@ def test_a_handle_keeps_no_model_alive():
     with enable_prefix_sharing(model) as removed:
         outputs(model, batch)
     active = enable_prefix_sharing(model)
-    alive = weakref.ref(model.model)
-    del model
+    parts = model.model, model.model.layers[0], model.model.layers[0].self_attn.q_proj.weight
+    alive = [weakref.ref(part) for part in parts]
+    del model, parts
     gc.collect()
-    assert alive() is None
+    assert [part() for part in alive] == [None] * 3
     assert removed.stats.calls == 1
     for handle in (removed, active):
         assert handle.backbones == []

@@ -444,3 +444,15 @@ def test_neftune_in_the_trainer_is_refused(llama, tmp_path):
     with pytest.raises(NotImplementedError, match=r"neftune_noise_alpha=5.0, .* set it to None"):
         enable_prefix_sharing(trainer)
     assert patch_of(trainer.model.get_base_model().base_model) is None
+
+
+def test_a_reference_that_was_enabled_by_itself(llama, tmp_path):
+    """The trainer that takes it over goes on from no cache of it."""
+    reference = load(llama)
+    enable_prefix_sharing(reference)
+    assert patch_of(reference.model).cache_by_default
+    trainer = build_trainer(load(llama), tmp_path, ref_model=reference)
+    with enable_prefix_sharing(trainer):
+        assert not patch_of(reference.model).cache_by_default
+        assert patch_of(trainer.model.model).cache_by_default
+    assert patch_of(reference.model).cache_by_default

@@ -1,5 +1,6 @@
 """Sharing inside of what training wraps around a model, on one process and on two."""
 
+import copy
 import json
 import os
 import subprocess
@@ -31,8 +32,9 @@ from varlen_emulator import install_torch_varlen, needs_half, serve
 from wrappers_on_ranks import CASES, DEEPSPEED_CASES, HAS_DEEPSPEED
 
 import hf_prefix_patch
-from hf_prefix_patch import enable_prefix_sharing
+from hf_prefix_patch import disable_prefix_sharing, enable_prefix_sharing
 from hf_prefix_patch.backends.varlen import TORCH_VARLEN
+from hf_prefix_patch.hooks import is_shared
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("accelerate/*.yaml"))
@@ -383,11 +385,11 @@ def test_accelerate_launch(tmp_path):
 
 
 class OwnRewardModel(LlamaPreTrainedModel):
-    """Its stack has a name of its own."""
+    """Its stack has a name of its own, and a copy of the config."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.backbone = LlamaModel(config)
+        self.backbone = LlamaModel(copy.deepcopy(config))
         self.score = nn.Linear(config.hidden_size, 1)
 
     def get_input_embeddings(self):
@@ -404,8 +406,12 @@ def test_a_model_of_the_users_own():
     torch.manual_seed(0)
     model = OwnRewardModel(tiny_model().config)
     want = model(**batch.inputs)
-    with enable_prefix_sharing(model) as sharing:
-        got = model(**batch.inputs)
+    sharing = enable_prefix_sharing(model)
+    got = model(**batch.inputs)
+    model.config.pad_token_id = 3  # as trainers align it
+    assert is_shared(model)
+    disable_prefix_sharing(model)
+    assert not is_shared(model)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     assert sharing.stats.calls == 1
 

@@ -79,9 +79,15 @@ def _flex() -> Callable[..., Any]:
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    # Beyond the compiler's own limit of 8 it would run unfused, on scores of the whole packed row.
-    limit = torch._dynamo.config.patch(recompile_limit=_KINDS, fail_on_recompile_limit_hit=True)
-    return cast(Callable[..., Any], limit(torch.compile(flex_attention)))
+    compiled = torch.compile(flex_attention)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Beyond the compiler's own limit of 8 it would run unfused, on scores of the whole row.
+        limits = {"recompile_limit": _KINDS, "fail_on_recompile_limit_hit": True}
+        with torch._dynamo.config.patch(limits):  # its own in each call, as threads may overlap
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def _soft_capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:

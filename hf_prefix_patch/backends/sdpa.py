@@ -75,10 +75,10 @@ def sdpa_attend(
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
     """cuDNN builds a plan for every new shape, which takes many times as long as the attention, and
-    every batch has chains of new lengths. Other kernels serve, if the user allows any."""
+    every batch has chains of new lengths. Other fused kernels serve, if the user allows any."""
     cuda: Any = torch.backends.cuda
     allowed = cuda.cudnn_sdp_enabled()
-    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
     cuda.enable_cudnn_sdp(allowed and not others)
     try:
         yield
