@@ -54,7 +54,8 @@ class Views:
         self._layers: tuple[Any, ...] = ()
 
     def give(self, decoder: PreTrainedModel) -> None:
-        """Give views by the layers as they are now, but to those that have the right one."""
+        """Give views by the layers as they are now; another time, to those that have not the right
+        one. A layer that two stacks have in common has a view for each, one in the other."""
         found = list(_attention(decoder))
         here = {id(module) for module, _ in found}
         for module in self._modules:
@@ -64,8 +65,9 @@ class Views:
         views: dict[tuple[int, bool | None], Any] = {}
         for module, slides in found:
             config: Any = module.config
-            original = getattr(config, "prefix_sharing_original", config)
-            fits = original is not config and config.prefix_sharing_slides == slides
+            again = bool(self._layers) and isinstance(config, _SharedAttentionConfig)
+            original = config.prefix_sharing_original if again else config
+            fits = again and config.prefix_sharing_slides == slides
             view = config if fits else _SharedAttentionConfig(original, slides)
             module.config = views.setdefault((id(original), slides), view)
         self._modules = [module for module, _ in found]
@@ -73,7 +75,8 @@ class Views:
 
     def restore(self, decoder: PreTrainedModel) -> None:
         """Give all modules their own config back, copies of theirs as well."""
-        for module in (*self._modules, *decoder.modules()):
+        modules = {id(module): module for module in (*self._modules, *decoder.modules())}
+        for module in modules.values():
             _restore(module)
         self._modules, self._layers = [], ()
 

@@ -136,8 +136,10 @@ def is_known_attention(implementation: str | None) -> bool:
     """Whether an attention implementation computes what transformers' own do, and no function that
     the user has registered."""
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    function = getattr(function, "func", function)  # of kernels from the hub it is a partial
-    return function is None or getattr(function, "__module__", "").startswith("transformers.")
+    if function is None or (is_flash(implementation) and "/" in (implementation or "")):
+        return True  # nothing, or a flash kernel from the hub
+    function = getattr(function, "func", function)
+    return getattr(function, "__module__", "").startswith("transformers.")
 
 
 def flash_dtype(config: Any) -> torch.dtype | None:

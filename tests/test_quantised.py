@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from varlen_emulator import install_flash, needs_half, serve
 
-from hf_prefix_patch import enable_prefix_sharing
+from hf_prefix_patch import bypass, enable_prefix_sharing, support
 from hf_prefix_patch.backends.varlen import FLASH
 from hf_prefix_patch.features import is_bitsandbytes
 
@@ -136,6 +136,8 @@ def test_fp32_activations_under_flash_attention(folder, monkeypatch, asked, back
     serve(monkeypatch, FLASH, needs_half)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_cast", casting_attention)
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "flash_cast", sdpa_mask)
+    for module in (bypass, support):  # it stands for transformers' own
+        monkeypatch.setattr(module, "is_known_attention", lambda name: True)
     truth, model = (qlora(load(folder, four_bits(), torch.bfloat16)) for _ in range(2))
     assert model.dtype == torch.float32
     assert model.get_base_model().config.dtype == torch.bfloat16

@@ -12,10 +12,16 @@ from batches import assert_same_run, pad_rows, preference_batch, run
 from families import tiny_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.bypass import bypass_reason
-from hf_prefix_patch.features import layer_types, rope_depends_on_length, sliding_window
+from hf_prefix_patch.features import (
+    is_known_attention,
+    layer_types,
+    rope_depends_on_length,
+    sliding_window,
+)
 from hf_prefix_patch.support import check_peft
 from hf_prefix_patch.versions import release
 
@@ -396,3 +402,13 @@ def test_attention_functions_that_are_set_later(halved):
     assert_same_run(got, run(model, batch))
     assert not torch.allclose(got[0], before[0], atol=1e-2)
     assert sharing.stats.calls == 0
+
+
+def test_attention_functions_that_are_known(monkeypatch):
+    """transformers' own, flash kernels of the hub, and what is not registered at all."""
+    functions = dict.fromkeys(("mine", "my_flash", "org/flash-attn", "org/other"), len)
+    for name, function in functions.items():
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, function)
+    known = ["eager", "sdpa", "flash_attention_2", "flex_attention", "org/flash-attn"]
+    assert all(map(is_known_attention, known))
+    assert not any(map(is_known_attention, ["mine", "my_flash", "org/other"]))
