@@ -51,12 +51,11 @@ _PATIENCE = 8  # training calls without a shared token before saying so
 
 class BackbonePatch:
     """State of one patched decoder stack, or of the composite around one; lives on the module as a
-    plain attribute."""
+    plain attribute. It shares from the first `refresh` on."""
 
     def __init__(self, backbone: PreTrainedModel, backend: str, on_bypass: OnBypass) -> None:
         decoder = decoder_of(backbone)
         self.configure(backend, on_bypass)
-        self._structure = structure_of(decoder)
         self.positions = learned_positions(decoder)
         self._seen: dict[State, Seen] = {}
         self.last: Selection | None = None  # of the last shared call
@@ -68,7 +67,6 @@ class BackbonePatch:
         self.recurrence: TreeRecurrence | None = None
         setattr(backbone, _STATE, self)  # first: it is what undoes the rest
         setattr(backbone, _VIEWS, Views())
-        views_of(backbone).give(decoder)
         self._hooks.append(backbone.register_forward_pre_hook(pack_rows, with_kwargs=True))
         if decoder is not backbone:
             self._hooks.append(decoder.register_forward_pre_hook(pack_embeddings, with_kwargs=True))
@@ -77,7 +75,7 @@ class BackbonePatch:
         self._hooks.append(unpack(prepend=True))
 
     def refresh(self, backbone: PreTrainedModel) -> None:
-        """Look at the model again: its kernels or layers may have been exchanged since.
+        """Look at the model, each time it is enabled: kernels or layers may have been exchanged.
 
         Raises:
             NotImplementedError: recurrent layers that cannot follow the tree.

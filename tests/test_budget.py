@@ -58,10 +58,11 @@ class Batches(TrainerCallback):
     """What a trainer counts as it goes along."""
 
     def __init__(self):
-        self.epochs = []
+        self.epochs, self.steps = [], []
 
     def on_step_end(self, args, state, control, **kwargs):
         self.epochs.append(state.epoch)
+        self.steps.append(state.global_step)
 
 
 def count_planning(monkeypatch):
@@ -670,16 +671,6 @@ class WithLabels(MeanLoss):
         return super().compute_loss(model, rows, *args, **options)
 
 
-class Counting(TrainerCallback):
-    """Steps that it was told of."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(state.global_step)
-
-
 class At(TrainerCallback):
     """Does something at an event of a training run, once."""
 
@@ -699,7 +690,7 @@ def test_sharing_that_a_callback_takes_off(llama, tmp_path, budget):
     trainer = build_trainer(load(llama), tmp_path, max_steps=3)
     enable_prefix_sharing(trainer, max_tokens_per_batch=budget)
     trainer.add_callback(At("on_step_end", lambda: disable_prefix_sharing(trainer)))
-    counting = Counting()
+    counting = Batches()
     trainer.add_callback(counting)
     if budget is None:
         trainer.train()
@@ -714,7 +705,7 @@ def test_a_model_that_stops_sharing_in_the_middle(llama, tmp_path):
     trainer = build_trainer(load(llama), tmp_path, max_steps=3)
     enable_prefix_sharing(trainer, max_tokens_per_batch=2000)
     trainer.add_callback(At("on_step_end", lambda: disable_prefix_sharing(trainer.model)))
-    counting = Counting()
+    counting = Batches()
     trainer.add_callback(counting)
     with pytest.raises(RuntimeError, match=r"is not shared.* made by max_tokens_per_batch"):
         trainer.train()

@@ -133,11 +133,16 @@ def test_wrapped_layers_stay_shared(family):
     assert sharing.stats.calls == 1
 
 
-def test_a_layer_that_has_left_gets_its_config_back():
+@pytest.mark.parametrize("called", [False, True])
+def test_a_layer_that_has_left_gets_its_config_back(called):
+    """When sharing is removed, or with the next call."""
     model = tiny_model()
     with enable_prefix_sharing(model):
         layer = model.model.layers[1]
         del model.model.layers[1]
+        if called:
+            run(model, preference_batch())
+            assert layer.self_attn.config is model.config
     assert layer.self_attn.config is model.config
 
 
@@ -184,9 +189,11 @@ def test_copies_of_layers_give_their_view_back():
             run(model, batch)
         for layer in layers[1:]:
             layer.self_attn.is_causal = True
-    assert_same_run(got, run(model, batch))
+        layers.append(copy.deepcopy(layers[1]))  # no call follows
     for layer in model.model.layers:
         assert type(layer.self_attn.config) is type(model.config)
+    del model.model.layers[3]
+    assert_same_run(got, run(model, batch))
     assert sharing.stats.calls == 1
 
 

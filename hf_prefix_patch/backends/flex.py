@@ -91,8 +91,8 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 def _soft_capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
-    # Outside of compiled layers all models share what is compiled, with a tensor as for windows: of
-    # scores no symbol is lowered.
+    # A tensor, as for windows, where all models share what is compiled; a compiled layer has one
+    # number, which is a constant.
     compiling = torch.compiler.is_compiling()
     cap = softcap if compiling else torch.full((), softcap, device=device)
 
