@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.patch import check_options, disable_prefix_sharing, enable_prefix_sharing
+from hf_prefix_patch.sharded import is_sharded
 from hf_prefix_patch.support import REFUSED
 from hf_prefix_patch.switch import LaunchOptions
 from hf_prefix_patch.trainer import other_models_of
@@ -23,9 +24,6 @@ from hf_prefix_patch.wrappers import backbone_of, device_of, unwrap
 
 # What `enable_prefix_sharing` raises for a model that cannot be shared.
 _REFUSALS = (NotImplementedError, RuntimeError, TypeError)
-
-# Attributes of parameters that DeepSpeed ZeRO-3, DTensor and FSDP 1 have split over processes.
-_SHARDED = ("ds_id", "device_mesh", "_fsdp_flattened")
 
 
 @dataclass
@@ -162,10 +160,6 @@ def absent_weights(backbone: nn.Module) -> str | None:
     return "its weights are on the meta device" if device_of(backbone).type == "meta" else None
 
 
-def _sharded(backbone: nn.Module) -> bool:
-    return any(hasattr(p, mark) for p in backbone.parameters() for mark in _SHARDED)
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) -> None:
     """Forward pre-hook, ahead of the one that packs rows; takes the patch off if that is wrong.
@@ -177,7 +171,7 @@ def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) 
     if patch is None:  # the script has removed it
         return
     absent = absent_weights(backbone)
-    if absent is None and _sharded(backbone):
+    if absent is None and is_sharded(backbone):
         absent = "its weights are sharded, and it is called by what gathers them"
     if absent is not None:
         warn_caller(_unverified(name, absent))

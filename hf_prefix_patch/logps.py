@@ -73,7 +73,7 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Any], per_token: bool
             f"batch is a {type(batch).__name__}, but must be a mapping with input_ids and "
             "completion_mask; pass what DataCollatorWithPrefixSharing makes"
         )
-    causal_lm = unwrap(model, check=False)
+    causal_lm = unwrap(model, check=False, within=False)
     head: Any = causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Module):
         raise TypeError(

@@ -139,10 +139,10 @@ def enable_prefix_sharing(
     gradients included. Enabling twice is the same as once; the options of the later call apply.
 
     Args:
-        target: a `PreTrainedModel`, a PEFT, DDP, FSDP or compiled wrapper of one, or a
-            `transformers.Trainer` (any TRL trainer): then its model and the models that it holds
-            beside it (reference, teacher, reward models), and its data collator plans the batches
-            that it makes.
+        target: a `PreTrainedModel`, a PEFT, DDP, FSDP or compiled wrapper of one, a module of
+            your own that holds one, or a `transformers.Trainer` (any TRL trainer): then its model
+            and the models that it holds beside it (reference, teacher, reward models), and its data
+            collator plans the batches that it makes.
         backend: `"auto"`, which picks at every call by device, dtype and what the model's
             attention needs, or the name of one: `"torch_varlen"`, `"flash"`, `"sdpa"`, `"flex"`.
         verify: run a small random batch shared and unshared through `target` as it is called, and

@@ -39,7 +39,7 @@ class Runs:
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], gradients: bool) -> None:
         self._model = model
-        self._inner = unwrap(model)
+        self._inner = unwrap(model, within=False)
         self._backbone = backbone_of(self._inner)
         if patch_of(self._backbone) is not None:
             raise RuntimeError(

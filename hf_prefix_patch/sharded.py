@@ -9,6 +9,14 @@ from typing import Any
 
 from torch import nn
 
+# Attributes of parameters that DeepSpeed ZeRO-3, DTensor and FSDP 1 have split over processes.
+_MARKS = ("ds_id", "device_mesh", "_fsdp_flattened")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether weights of `module` are split over processes."""
+    return any(hasattr(p, mark) for p in module.parameters() for mark in _MARKS)
+
 
 @contextmanager
 def whole_weights(called: nn.Module) -> Iterator[None]:

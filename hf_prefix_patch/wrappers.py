@@ -8,35 +8,35 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_prefix_patch.sharded import is_sharded
 from hf_prefix_patch.support import check_peft
 
 
-def unwrap(target: Any, check: bool = True) -> PreTrainedModel:
+def unwrap(target: Any, check: bool = True, within: bool = True) -> PreTrainedModel:
     """The `PreTrainedModel` inside PEFT, DDP, FSDP, DeepSpeed and compiled wrappers.
 
     Args:
         check: refuse PEFT methods that cannot be shared.
+        within: look for it in modules of the user's own too, such as a reward model with a stack
+            and a head, or TRL's model with a value head; there has to be one alone.
 
     Raises:
         TypeError: there is none.
         NotImplementedError: as `check_peft`.
     """
     inner: Any = called_module(target)
-    while _is_peft(inner):
-        if check:
-            check_peft(inner)
-        mixed = not hasattr(inner, "get_base_model")
-        inner = called_module(inner.base_model.model if mixed else inner.get_base_model())
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(
-            f"target is {_in_words(target)}, but a transformers PreTrainedModel, a wrapper of one "
-            "(PEFT, DDP, FSDP, torch.compile) or a Trainer is needed; "
-            + (
-                "load it first, or run the script under `hf-prefix-patch run`, which takes paths"
-                if isinstance(target, str)
-                else "pass one of these, such as the model that it holds"
-            )
-        )
+    while not isinstance(inner, PreTrainedModel):
+        if _is_peft(inner):
+            if check:
+                check_peft(inner)
+            mixed = not hasattr(inner, "get_base_model")
+            inner = inner.base_model.model if mixed else inner.get_base_model()
+        else:
+            held = _held_by(inner)
+            if len(held) != 1 or not within:
+                raise _no_model(target, len(held))
+            inner = held[0]
+        inner = called_module(inner)
     if check and getattr(inner, "peft_config", None):  # of model.add_adapter
         check_peft(inner)
     return inner
@@ -45,7 +45,7 @@ def unwrap(target: Any, check: bool = True) -> PreTrainedModel:
 def called_module(target: Any) -> Any:
     """What DDP, DeepSpeed and the like call as a module, and what compiled code stands for."""
     inner = target
-    while not isinstance(inner, PreTrainedModel) and not _is_peft(inner):
+    while not _is_model(inner):
         wrapped = [getattr(inner, name, None) for name in ("_orig_mod", "module")]
         found = next((x for x in wrapped if isinstance(x, nn.Module)), None)
         if found is None:
@@ -55,7 +55,14 @@ def called_module(target: Any) -> Any:
 
 
 def outermost(target: Any) -> nn.Module:
-    """What the user calls; of `DataParallel` what is in it, as that may call copies."""
+    """What the user calls with rows; of `DataParallel` what is in it, as that may call copies, and
+    of a module of their own the model in it, as its inputs may be anything.
+
+    Sharded weights are in place when the outermost module is called, so that stays what it is.
+    """
+    own = called_module(target)
+    if not _is_model(own) and not is_sharded(own):
+        return outermost(_held_by(own)[0])
     return cast(nn.Module, target.module if isinstance(target, nn.DataParallel) else target)
 
 
@@ -92,12 +99,35 @@ def device_of(model: nn.Module) -> torch.device:
     return device
 
 
+def _held_by(module: Any) -> list[nn.Module]:
+    """The parts of a module in which there are models."""
+    parts = module.children() if isinstance(module, nn.Module) else ()
+    return [part for part in parts if any(map(_is_model, part.modules()))]
+
+
+def _no_model(target: Any, held: int) -> TypeError:
+    if isinstance(target, str):
+        todo = "load it first, or run the script under `hf-prefix-patch run`, which takes paths"
+    else:
+        todo = "pass one of these, such as the model that it holds"
+    several = f" with {held} models" if held > 1 else ""
+    return TypeError(
+        f"target is {_in_words(target)}{several}, but a transformers PreTrainedModel, a wrapper of "
+        f"one (PEFT, DDP, FSDP, torch.compile) or a Trainer is needed; {todo}"
+    )
+
+
 def _in_words(target: Any) -> str:
     if isinstance(target, str):
         return f"the string {target!r}"
     if isinstance(target, type):
         return f"the class {target.__name__}"
     return f"a {type(target).__name__}"
+
+
+def _is_model(x: Any) -> bool:
+    """Of transformers, or one of PEFT."""
+    return isinstance(x, PreTrainedModel) or _is_peft(x)
 
 
 def _is_peft(x: Any) -> bool:

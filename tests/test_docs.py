@@ -182,7 +182,7 @@ def test_commands_parse(block):
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             assert extra is None or extra in project["optional-dependencies"]
         else:
-            assert words[0] in ("python", "trl", "llamafactory-cli", "axolotl")
+            assert words[0] in ("python", "trl", "llamafactory-cli", "axolotl", "swift")
         for word in words:
             assert not word.startswith(("examples/", "benchmarks/")) or (ROOT / word).exists(), word
         if words[0] == "python" and words[1].startswith("benchmarks/"):

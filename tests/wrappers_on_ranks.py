@@ -33,6 +33,7 @@ from varlen_emulator import install_torch_varlen, needs_half, serve
 import hf_prefix_patch
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.backends.varlen import TORCH_VARLEN
+from hf_prefix_patch.wrappers import unwrap
 
 WAYS = ("unpatched", "before", "after")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -51,7 +52,7 @@ def shard(
 ) -> nn.Module:
     """FSDP2: each layer, on request LM head and decoder stack, and what is left as the root."""
     options = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype)}
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base: Any = unwrap(model, check=False)
     parts = [*base.model.layers, *[base.lm_head] * head, *[base.model] * stack, *[model] * root]
     for part in parts:
         fully_shard(part, **options)
@@ -113,6 +114,7 @@ class Case:
         logps: by `completion_logps` instead of logits.
         half: compute in bf16, with the backend that a GPU would have.
         early: done to the model before anything else.
+        within: in a module of the user's own.
     """
 
     wrap: Callable[[nn.Module], nn.Module]
@@ -123,6 +125,18 @@ class Case:
     logps: bool = False
     half: bool = False
     early: Callable[[nn.Module], Any] | None = None
+    within: bool = False
+
+
+class Own(nn.Module):
+    """A module of the user's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.held = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.held(**inputs)
 
 
 CASES = {
@@ -142,6 +156,8 @@ CASES = {
     "fsdp2-logps-own-head": Case(lambda m: shard(m, head=True), logps=True),
     "fsdp2-accelerate": Case(shard_by_accelerate, lora=True),
     "fsdp1": Case(shard_fsdp1, alone=True),
+    "ddp-within": Case(replicate, within=True),
+    "fsdp2-within": Case(shard, within=True, lora=True, checkpointing=False),
 }
 DEEPSPEED_CASES = {
     "zero2": Case(lambda m: partition(m, 2), alone=True),
@@ -151,6 +167,7 @@ DEEPSPEED_CASES = {
     "zero3-partitioned-early": Case(
         lambda m: partition(m, 3), early=lambda m: partition(m, 3, early=True)
     ),
+    "zero3-within": Case(lambda m: partition(m, 3), within=True),
 }
 
 
@@ -177,7 +194,7 @@ def build(case: Case) -> nn.Module:
             model.enable_input_require_grads()
     if case.early is not None:
         case.early(model)
-    return model
+    return Own(model) if case.within else model
 
 
 def logps_of(case: Case, called: nn.Module, batch: Batch) -> Tensor:

@@ -1,0 +1,167 @@
+"""Models within modules of the user's own: stacks under a head, value heads, losses as modules."""
+
+import copy
+
+import pytest
+import torch
+from batches import LayerTokens, assert_same_run, gradients, preference_batch
+from families import tiny_model
+from peft import get_peft_model
+from tiny_trl import lora_config, perturb
+from torch import nn
+from torch.nn.functional import logsigmoid
+from transformers import Trainer, TrainingArguments
+
+from hf_prefix_patch import (
+    DataCollatorWithPrefixSharing,
+    disable_prefix_sharing,
+    enable_prefix_sharing,
+)
+from hf_prefix_patch import completion_logps as logps_without_logits
+from hf_prefix_patch.comparison import compare_sharing
+from hf_prefix_patch.hooks import is_shared
+
+
+class RewardModel(nn.Module):
+    """A stack and a score, called with what no model of transformers takes."""
+
+    def __init__(self, stack: nn.Module) -> None:
+        super().__init__()
+        self.stack = stack
+        self.score = nn.Linear(stack.config.hidden_size, 1)
+
+    def forward(self, ids, mask):
+        hidden = self.stack(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        last = mask.sum(1) - 1
+        return self.score(hidden[torch.arange(len(last)), last])[:, 0]
+
+
+class ValueHead(nn.Module):
+    """Values beside logits, as TRL has had them: a tuple, from the last hidden states."""
+
+    def __init__(self, pretrained_model: nn.Module) -> None:
+        super().__init__()
+        self.pretrained_model = pretrained_model
+        self.v_head = nn.Linear(pretrained_model.config.hidden_size, 1)
+
+    def forward(self, input_ids=None, attention_mask=None, **options):
+        options |= {"output_hidden_states": True, "use_cache": False}
+        output = self.pretrained_model(input_ids, attention_mask, **options)
+        return output.logits, None, self.v_head(output.hidden_states[-1])[..., 0]
+
+
+def reward_model() -> tuple[nn.Module, nn.Module]:
+    stack = tiny_model().base_model
+    return RewardModel(stack), stack
+
+
+def compiled_reward_model() -> tuple[nn.Module, nn.Module]:
+    model, stack = reward_model()
+    return torch.compile(model, backend="eager"), stack
+
+
+def value_head() -> tuple[nn.Module, nn.Module]:
+    model = get_peft_model(tiny_model(), lora_config())
+    perturb(model)
+    return ValueHead(model), model.get_base_model().model
+
+
+def nested() -> tuple[nn.Module, nn.Module]:
+    model, stack = value_head()
+    return nn.Sequential(model), stack
+
+
+def scores_of(output, mask):
+    """`[R]`: those of a reward model, or the values at the last tokens."""
+    if isinstance(output, torch.Tensor):
+        return output
+    return output[2].gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
+
+
+def run(module, batch):
+    """Scores of all rows, and gradients of a loss in which none stands for another."""
+    module.zero_grad()
+    given = batch.input_ids, batch.attention_mask
+    called = module[0] if isinstance(module, nn.Sequential) else module
+    scores = scores_of(called(*given), batch.attention_mask)
+    (scores * torch.tensor([1.0, 0.4, -0.8, -0.3])).sum().backward()
+    return scores.detach(), gradients(module)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("build", [reward_model, compiled_reward_model, value_head, nested])
+def test_scores_and_gradients(build):
+    torch.manual_seed(0)
+    module, stack = build()
+    batch, tokens = preference_batch(), LayerTokens(stack)
+    want = run(module, batch)
+    with enable_prefix_sharing(module) as sharing:
+        assert is_shared(module)
+        tokens.shapes.clear()
+        got = run(module, batch)
+    again = run(module, batch)
+    assert not is_shared(module)
+    assert_same_run(got, want)
+    assert torch.equal(again[0], want[0])
+    (packed, padded) = sharing.stats.packed_tokens, sharing.stats.padded_tokens
+    assert tokens.shapes[0] == (1, packed)
+    assert packed < 0.8 * padded
+
+
+def test_verification_runs_within(monkeypatch):
+    """A stack that computes something else when shared is found without a call of its module."""
+    module, stack = reward_model()
+    monkeypatch.setattr(
+        stack.norm, "forward", lambda x: x.cumsum(1) if x.shape[0] == 1 else x, raising=True
+    )
+    with pytest.raises(RuntimeError, match="hidden states of LlamaModel differ"):
+        enable_prefix_sharing(module)
+    assert not stack._forward_hooks
+
+
+class PairLoss(RewardModel):
+    """What `Trainer` trains without a loss of its own."""
+
+    def forward(self, input_ids, attention_mask, completion_mask):
+        chosen, rejected = super().forward(input_ids, attention_mask).chunk(2)
+        return {"loss": -logsigmoid(chosen - rejected).mean()}
+
+
+def test_trainer(tmp_path):
+    torch.manual_seed(0)
+    model = PairLoss(tiny_model().base_model)
+    want = copy.deepcopy(model)
+    pairs = [
+        {
+            "prompt_ids": [5, 6, 7, 8, 9, i],
+            "chosen_ids": [3, 10 + i, 4],
+            "rejected_ids": [3, 20 + i],
+        }
+        for i in range(4)
+    ]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, optim="sgd",
+        use_cpu=True, report_to="none", remove_unused_columns=False, save_strategy="no",
+    )  # fmt: skip
+    collator = DataCollatorWithPrefixSharing(pad_token_id=0)
+    trainer = Trainer(model, args, collator, pairs)
+    sharing = enable_prefix_sharing(trainer, log_metrics=True)
+    trainer.train()
+    reference = Trainer(want, args, collator, pairs)
+    reference.train()
+    for ours, theirs in zip(model.parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (2, {})
+    assert sharing.stats.sharing_ratio > 1.3
+    disable_prefix_sharing(trainer)
+    assert not is_shared(model)
+
+
+def test_what_needs_a_model_itself_says_so():
+    """A module of one's own may return anything: no logits can be read from it."""
+    module, _ = value_head()
+    collator = DataCollatorWithPrefixSharing(pad_token_id=0)
+    batch = collator([{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}])
+    for function in (logps_without_logits, compare_sharing):
+        with pytest.raises(TypeError, match=r"ValueHead.* such as the model that it holds"):
+            function(module, batch)
