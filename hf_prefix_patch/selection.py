@@ -191,6 +191,7 @@ def needs_of(backbone: PreTrainedModel, structure: Structure, seen: Seen | None 
         head_dims=structure.head_dims,
         windows=frozenset(windows),
         features=frozenset(name for name, used in features.items() if used),
+        flash=torch.backends.cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
     )
 
 

@@ -63,6 +63,9 @@ VARLEN_IS_TOLD_OF_GROUPS = release(torch.__version__) >= (2, 12)
 """Whether PyTorch's variable-length attention has to be told of grouped queries; before, it has no
 such argument and takes them as they are."""
 
+VARLEN_IS_SWITCHED_WITH_SDPA = release(torch.__version__) >= (2, 15)
+"""Whether that attention raises where FlashAttention is switched off for SDPA."""
+
 FLASH_IS_RESOLVED = _TRANSFORMERS >= (4, 55)
 """Whether transformers tells which functions serve a flash implementation, hub kernels included;
 before, it imports those of the package that the implementation is named after."""

@@ -3,12 +3,14 @@
 import dataclasses
 import re
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from families import NO_SDPA, tiny_model
 from tiny_trl import build_trainer, load, save_tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
 from varlen_emulator import (
     flash_2,
@@ -98,6 +100,17 @@ def test_gpus_that_are_too_old_or_not_cuda(ampere):
     ampere.undo()
     ampere.setattr(torch.version, "hip", "7.0")
     assert "needs a CUDA device" in selection.unserved(TORCH_VARLEN, CUDA)
+
+
+def test_flash_attention_switched_off(ampere):
+    """PyTorch's own raises then from 2.15 on, which must not count as a fault of the kernel."""
+    off = needs(flash=False)
+    ampere.setattr(versions, "VARLEN_IS_SWITCHED_WITH_SDPA", True)
+    chosen = selection.select("auto", off, "Model")
+    assert chosen.backend is SDPA
+    assert "switched off" in chosen.passed_over["torch_varlen"]
+    ampere.setattr(versions, "VARLEN_IS_SWITCHED_WITH_SDPA", False)
+    assert selection.select("auto", off, "Model").backend is TORCH_VARLEN
 
 
 @pytest.mark.parametrize(
@@ -270,6 +283,24 @@ def test_the_backend_follows_the_model(monkeypatch):
         assert (sharing.backend, len(calls)) == ("torch_varlen", 4)
     with pytest.raises(NotImplementedError, match="not float32"):
         enable_prefix_sharing(tiny_model(), backend="torch_varlen")
+
+
+def test_the_backend_follows_what_is_switched_off(monkeypatch):
+    """In the middle of training, as a `with` block around some steps does."""
+
+    def unless_switched_off(asked):
+        return None if asked.flash else "switched off"
+
+    calls = install_torch_varlen(monkeypatch)
+    serve(monkeypatch, TORCH_VARLEN, unless_switched_off)
+    model = tiny_model().bfloat16()
+    rows = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    with enable_prefix_sharing(model) as sharing:
+        for switched_off, picked in ((False, "torch_varlen"), (True, "sdpa")) * 2:
+            calls.clear()
+            with sdpa_kernel(SDPBackend.MATH) if switched_off else nullcontext():
+                model(rows)
+            assert (sharing.backend, len(calls)) == (picked, 0 if switched_off else 2)
 
 
 def test_a_trainers_autocast_is_verified(monkeypatch, tmp_path):

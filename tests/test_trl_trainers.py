@@ -33,7 +33,7 @@ from hf_prefix_patch import (
     enable_prefix_sharing,
     tokenize_preferences,
 )
-from hf_prefix_patch.hooks import patch_of
+from hf_prefix_patch.hooks import is_shared, patch_of
 
 pytestmark = [
     # TRL and transformers announce renamed and deprecated options; they are no concern here.
@@ -597,8 +597,9 @@ def test_the_page_of_trainers_runs(llama, tmp_path, monkeypatch):
         exec(block, names)
         if "sharing" in names:
             ratios.append(names["sharing"].stats.sharing_ratio)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     assert [ratio > 1.5 for ratio in ratios] == [True]
+    assert is_shared(names["reward"])
     assert len(names["unpaired"]) == 24
     both = names["unpaired"]["prompt"][:8]
     assert both[:4] == both[4:]

@@ -33,6 +33,7 @@ class Needs:
         head_dims: sizes of its query, key and value heads.
         windows: sliding windows of its layers, in keys; None stands for a layer without one.
         features: those of `"window"`, `"softcap"`, `"sinks"` and `"dropout"` that it uses.
+        flash: whether PyTorch's switch for FlashAttention is on.
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class Needs:
     head_dims: frozenset[int]
     windows: frozenset[int | None]
     features: frozenset[str]
+    flash: bool = True
 
 
 @dataclass(frozen=True)

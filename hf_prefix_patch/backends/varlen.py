@@ -239,6 +239,8 @@ def _torch_varlen_unserved(needs: Needs) -> str | None:
         return "it needs a GPU of compute capability 8.0 (Ampere) or later"
     if any(size % 8 or size > 256 for size in needs.head_dims):
         return f"it takes head sizes up to 256, multiples of 8, not {sorted(needs.head_dims)}"
+    if versions.VARLEN_IS_SWITCHED_WITH_SDPA and not needs.flash:
+        return "FlashAttention is switched off (torch.nn.attention.sdpa_kernel, enable_flash_sdp)"
     return _half_precision_unserved(needs)
 
 
