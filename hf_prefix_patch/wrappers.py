@@ -100,9 +100,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _held_by(module: Any) -> list[nn.Module]:
-    """The parts of a module in which there are models."""
+    """The parts of a module in which there are models, but for parts of parts under a name more."""
     parts = module.children() if isinstance(module, nn.Module) else ()
-    return [part for part in parts if any(map(_is_model, part.modules()))]
+    held = [part for part in parts if any(map(_is_model, part.modules()))]
+    return [x for x in held if not any(x in other.modules() for other in held if other is not x)]
 
 
 def _no_model(target: Any, held: int) -> TypeError:

@@ -71,6 +71,14 @@ def nested() -> tuple[nn.Module, nn.Module]:
     return nn.Sequential(model), stack
 
 
+def named_twice() -> tuple[nn.Module, nn.Module]:
+    """Model and stack both under names of their own."""
+    causal_lm = tiny_model()
+    model = RewardModel(causal_lm.model)
+    model.causal_lm = causal_lm
+    return model, causal_lm.model
+
+
 def scores_of(output, mask):
     """`[R]`: those of a reward model, or the values at the last tokens."""
     if isinstance(output, torch.Tensor):
@@ -89,7 +97,9 @@ def run(module, batch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("build", [reward_model, compiled_reward_model, value_head, nested])
+@pytest.mark.parametrize(
+    "build", [reward_model, compiled_reward_model, value_head, nested, named_twice]
+)
 def test_scores_and_gradients(build):
     torch.manual_seed(0)
     module, stack = build()
