@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -24,22 +25,13 @@ def unwrap(target: Any, check: bool = True, within: bool = True) -> PreTrainedMo
         TypeError: there is none.
         NotImplementedError: as `check_peft`.
     """
-    inner: Any = called_module(target)
-    while not isinstance(inner, PreTrainedModel):
-        if _is_peft(inner):
-            if check:
-                check_peft(inner)
-            mixed = not hasattr(inner, "get_base_model")
-            inner = inner.base_model.model if mixed else inner.get_base_model()
-        else:
-            held = _held_by(inner)
-            if len(held) != 1 or not within:
-                raise _no_model(target, len(held))
-            inner = held[0]
-        inner = called_module(inner)
-    if check and getattr(inner, "peft_config", None):  # of model.add_adapter
-        check_peft(inner)
-    return inner
+    steps = list(_steps(target))
+    if not within and _own(steps):
+        raise _no_model(target)
+    for step in steps if check else ():
+        if _is_model(step) and getattr(step, "peft_config", None):  # or of model.add_adapter
+            check_peft(step)
+    return cast(PreTrainedModel, steps[-1])
 
 
 def called_module(target: Any) -> Any:
@@ -60,9 +52,10 @@ def outermost(target: Any) -> nn.Module:
 
     Sharded weights are in place when the outermost module is called, so that stays what it is.
     """
-    own = called_module(target)
-    if not _is_model(own) and not is_sharded(own):
-        return outermost(_held_by(own)[0])
+    steps = list(_steps(target))
+    own = _own(steps)
+    if own and not is_sharded(own[-1]):
+        return cast(nn.Module, steps[steps.index(own[-1]) + 1])
     return cast(nn.Module, target.module if isinstance(target, nn.DataParallel) else target)
 
 
@@ -99,6 +92,33 @@ def device_of(model: nn.Module) -> torch.device:
     return device
 
 
+def _steps(target: Any) -> Iterator[Any]:
+    """From what is called to the model of transformers: that, and what of PEFT and of the user's
+    own is around it, the outermost first.
+
+    Raises:
+        TypeError: there is none, or several.
+    """
+    step: Any = called_module(target)
+    while not isinstance(step, PreTrainedModel):
+        yield step
+        if _is_peft(step):
+            mixed = not hasattr(step, "get_base_model")
+            inner = step.base_model.model if mixed else step.get_base_model()
+        else:
+            held = _held_by(step)
+            if len(held) != 1:
+                raise _no_model(target, len(held))
+            inner = held[0]
+        step = called_module(inner)
+    yield step
+
+
+def _own(steps: list[Any]) -> list[nn.Module]:
+    """The modules of the user's own among them."""
+    return [step for step in steps if not _is_model(step)]
+
+
 def _held_by(module: Any) -> list[nn.Module]:
     """The parts of a module in which there are models, but for parts of parts under a name more."""
     parts = module.children() if isinstance(module, nn.Module) else ()
@@ -106,7 +126,7 @@ def _held_by(module: Any) -> list[nn.Module]:
     return [x for x in held if not any(x in other.modules() for other in held if other is not x)]
 
 
-def _no_model(target: Any, held: int) -> TypeError:
+def _no_model(target: Any, held: int = 1) -> TypeError:
     if isinstance(target, str):
         todo = "load it first, or run the script under `hf-prefix-patch run`, which takes paths"
     else:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import LayerTokens, assert_same_run, gradients, preference_batch
 from families import tiny_model
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny_trl import lora_config, perturb
 from torch import nn
 from torch.nn.functional import logsigmoid
@@ -71,6 +71,14 @@ def nested() -> tuple[nn.Module, nn.Module]:
     return nn.Sequential(model), stack
 
 
+def adapted() -> tuple[nn.Module, nn.Module]:
+    """Adapters around the module, not the model in it."""
+    model, stack = reward_model()
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"]))
+    perturb(model)
+    return model, stack
+
+
 def named_twice() -> tuple[nn.Module, nn.Module]:
     """Model and stack both under names of their own."""
     causal_lm = tiny_model()
@@ -98,7 +106,7 @@ def run(module, batch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
-    "build", [reward_model, compiled_reward_model, value_head, nested, named_twice]
+    "build", [reward_model, compiled_reward_model, value_head, nested, named_twice, adapted]
 )
 def test_scores_and_gradients(build):
     torch.manual_seed(0)
