@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from hf_prefix_patch.hooks import OnBypass, is_shared
+from hf_prefix_patch.hooks import OnBypass, patched_stacks
 from hf_prefix_patch.notices import warn_caller
 
 if TYPE_CHECKING:
@@ -51,9 +50,8 @@ class CheckPolicy(TrainerCallback):
             self._check(model)
 
     def _check(self, model: Any) -> None:
-        with suppress(TypeError):  # no model of transformers
-            if is_shared(model):
-                return
+        if patched_stacks(model):
+            return
         message = (
             f"the {type(model).__name__} that this trainer trains is not shared: sharing was "
             "removed from it, or it took the place of the model that was enabled, as what "

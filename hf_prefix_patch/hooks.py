@@ -180,6 +180,11 @@ def patch_of(backbone: PreTrainedModel) -> BackbonePatch | None:
     return backbone.__dict__.get(_STATE)
 
 
+def patched_stacks(module: nn.Module) -> list[PreTrainedModel]:
+    """Those of the decoder stacks in a module that carry a patch."""
+    return [part for part in module.modules() if _STATE in part.__dict__]  # type: ignore[misc]
+
+
 def views_of(backbone: PreTrainedModel) -> Views:
     """The views of a patched decoder stack."""
     views: Views = backbone.__dict__[_VIEWS]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
+from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of, patched_stacks
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.patch import check_options, disable_prefix_sharing, enable_prefix_sharing
 from hf_prefix_patch.sharded import is_sharded
@@ -107,7 +107,7 @@ class Launch:
                     "train without sharing"
                 )
                 raise
-            for backbone, _ in roles:
+            for backbone in [*patched_stacks(trainer.model), *(stack for stack, _ in roles)]:
                 disable_prefix_sharing(backbone)
             self._leave(name, refusal)
             return

@@ -11,11 +11,12 @@ from operator import add
 from types import TracebackType
 from typing import Any, get_args
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attach import Shared, share_model
 from hf_prefix_patch.attention import BACKENDS
-from hf_prefix_patch.hooks import OnBypass, patch_of
+from hf_prefix_patch.hooks import OnBypass, patch_of, patched_stacks
 from hf_prefix_patch.options import check_counts, check_switches
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.selection import Selection
@@ -27,7 +28,7 @@ from hf_prefix_patch.trainer import (
     other_models_of,
     trainer_patch_of,
 )
-from hf_prefix_patch.wrappers import backbone_of, unwrap
+from hf_prefix_patch.wrappers import unwrap
 
 
 class PrefixSharing:
@@ -145,10 +146,10 @@ def enable_prefix_sharing(
             collator plans the batches that it makes.
         backend: `"auto"`, which picks at every call by device, dtype and what the model's
             attention needs, or the name of one: `"torch_varlen"`, `"flash"`, `"sdpa"`, `"flex"`.
-        verify: run a small random batch shared and unshared through `target` as it is called, and
-            compare (for a trainer, under its autocast); on a mismatch the model is restored and the
-            call raises. No gradient and no random state is touched. Where weights are sharded, all
-            processes must enable alike.
+        verify: run a small random batch shared and unshared through `target` as it is called (of a
+            module of your own, through the model in it), and compare (for a trainer, under its
+            autocast); on a mismatch the model is restored and the call raises. No gradient and no
+            random state is touched. Where weights are sharded, all processes must enable alike.
         on_bypass: what a training call that cannot be shared does beside running unshared and being
             counted: `"warn"` once a reason, `"ignore"`, or `"raise"` a RuntimeError; so does a
             call outside training that is not shared for want of `use_cache=False`, and a model
@@ -288,11 +289,16 @@ def disable_prefix_sharing(target: Any) -> None:
         TypeError: `target` holds no `PreTrainedModel`.
     """
     trainer = target if is_trainer(target) else None
-    policy = unwrap(target if trainer is None else trainer.model, check=False)
-    others = [unwrap(module, check=False) for _, module in other_models_of(trainer, policy)]
-    for backbone in map(backbone_of, [policy, *others]):
+    policy = target if trainer is None else trainer.model
+    # What is patched, not what would be: a module may hold another model by now.
+    shared = patched_stacks(policy) if isinstance(policy, nn.Module) else []
+    if not shared:
+        unwrap(policy, check=False)
+    for _, module in other_models_of(trainer, None):
+        shared += patched_stacks(module)
+    for backbone in shared:
         patch = patch_of(backbone)
-        if patch is not None:
+        if patch is not None:  # a stack may come twice
             patch.remove(backbone)
     trainer_patch = None if trainer is None else trainer_patch_of(trainer)
     if trainer_patch is not None:

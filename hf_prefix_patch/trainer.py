@@ -43,8 +43,8 @@ def other_models_of(
     seen = set() if policy is None else {id(backbone_of(policy))}
     for name, module in [] if trainer is None else _modules_of(trainer):
         try:
-            model = unwrap(module, check=False)
-        except TypeError:  # a module of the user's own
+            model = unwrap(module, check=False, within=False)
+        except TypeError:  # a module of the user's own, which may use its model in any way
             continue
         stack = id(backbone_of(model))
         if stack not in seen:

@@ -120,21 +120,24 @@ def _own(steps: list[Any]) -> list[nn.Module]:
 
 
 def _held_by(module: Any) -> list[nn.Module]:
-    """The parts of a module in which there are models, but for parts of parts under a name more."""
-    parts = module.children() if isinstance(module, nn.Module) else ()
-    held = [part for part in parts if any(map(_is_model, part.modules()))]
-    return [x for x in held if not any(x in other.modules() for other in held if other is not x)]
+    """The models in a module, but for parts of others among them; one of each decoder stack."""
+    models = list(filter(_is_model, module.modules())) if isinstance(module, nn.Module) else []
+    parts = {part for model in models for part in model.modules() if part is not model}
+    whole = [model for model in models if model not in parts]
+    return list({id(backbone_of(unwrap(model, check=False))): model for model in whole}.values())
 
 
 def _no_model(target: Any, held: int = 1) -> TypeError:
     if isinstance(target, str):
         todo = "load it first, or run the script under `hf-prefix-patch run`, which takes paths"
+    elif held > 1:
+        todo = "pass each of its models by itself"
     else:
         todo = "pass one of these, such as the model that it holds"
     several = f" with {held} models" if held > 1 else ""
     return TypeError(
         f"target is {_in_words(target)}{several}, but a transformers PreTrainedModel, a wrapper of "
-        f"one (PEFT, DDP, FSDP, torch.compile) or a Trainer is needed; {todo}"
+        f"one (PEFT, DDP, FSDP, torch.compile), a module with one or a Trainer is needed; {todo}"
     )
 
 

@@ -394,6 +394,16 @@ def test_refused_trainer_trains_unshared_if_asked(launched, llama, tmp_path, cap
     assert "DPOTrainer: not shared: the trainer sets neftune" in refused
 
 
+def test_models_of_a_refused_trainer_run_unshared(launched, llama, tmp_path):
+    """They were shared when they were loaded, each by itself."""
+    launched(on_refusal="warn")
+    pair = nn.ModuleList([load(llama), load(llama)])
+    assert all(patch_of(model.base_model) is not None for model in pair)
+    with pytest.warns(UserWarning, match="runs without prefix sharing: .* with 2 models"):
+        Trainer(pair, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    assert all(patch_of(model.base_model) is None for model in pair)
+
+
 def test_weights_that_are_not_here_cannot_be_verified(launched, llama, tmp_path):
     """The sharing goes on, and the user is told."""
     launched()

@@ -87,6 +87,14 @@ def named_twice() -> tuple[nn.Module, nn.Module]:
     return model, causal_lm.model
 
 
+def shared_trunk() -> tuple[nn.Module, nn.Module]:
+    """Two heads, each in a module with the trunk: one decoder stack all the same."""
+    causal_lm = tiny_model()
+    model = RewardModel(causal_lm.model)
+    model.actor, model.critic = nn.Sequential(causal_lm), nn.Sequential(causal_lm.model)
+    return model, causal_lm.model
+
+
 def scores_of(output, mask):
     """`[R]`: those of a reward model, or the values at the last tokens."""
     if isinstance(output, torch.Tensor):
@@ -106,7 +114,8 @@ def run(module, batch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
-    "build", [reward_model, compiled_reward_model, value_head, nested, named_twice, adapted]
+    "build",
+    [reward_model, compiled_reward_model, value_head, nested, named_twice, shared_trunk, adapted],
 )
 def test_scores_and_gradients(build):
     torch.manual_seed(0)
@@ -173,6 +182,46 @@ def test_trainer(tmp_path):
     assert sharing.stats.sharing_ratio > 1.3
     disable_prefix_sharing(trainer)
     assert not is_shared(model)
+
+
+def test_a_second_model_that_comes_later():
+    """Which one is called is not known then, but what was enabled can be undone."""
+    module, stack = reward_model()
+    enable_prefix_sharing(module)
+    module.other = tiny_model()
+    with pytest.raises(
+        TypeError, match=r"RewardModel with 2 models.* each of its models by itself"
+    ):
+        enable_prefix_sharing(module)
+    disable_prefix_sharing(module)
+    assert not stack._forward_hooks
+
+
+class Decoder(nn.Module):
+    """Goes on from the cache of its model, which nobody asked for by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        output = self.model(ids)
+        following = output.logits[:, -1:].argmax(-1)
+        return self.model(following, past_key_values=output.past_key_values).logits[:, -1]
+
+
+def test_a_module_beside_the_policy_is_left_alone(tmp_path):
+    """Of models beside its policy a trainer reads outputs alone; what a module does is unknown."""
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(tiny_model(), args)
+    trainer.judge = Decoder(tiny_model()).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    with torch.no_grad():
+        want = trainer.judge(ids)
+        with enable_prefix_sharing(trainer):
+            assert torch.equal(trainer.judge(ids), want)
+        with enable_prefix_sharing(trainer.judge), pytest.warns(UserWarning, match="by default"):
+            assert torch.equal(trainer.judge(ids), want)
 
 
 def test_what_needs_a_model_itself_says_so():
