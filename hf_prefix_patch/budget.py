@@ -20,8 +20,10 @@ from hf_prefix_patch.columns import TruncationMode
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.planned import PlannedTensor
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
+from hf_prefix_patch.wrappers import called_module
 
 _BY_DEFAULT = "random"
+_STOCK = ("transformers.", "trl.", "peft.")  # whose losses divide by what they are handed
 _COUNTED = 3  # examples whose tokens are counted in the trainer's batches too
 
 
@@ -187,15 +189,17 @@ class TokenBudget:
 
     def _say_by_tokens(self) -> None:
         """A loss of the user's own may be handed the number of targets and not divide by it."""
-        home = getattr(self._compute_loss, "__module__", "") or ""
-        if self._said or home.startswith(("transformers.", "trl.")):
-            return
-        self._said = True
-        warn_caller(
-            f"prefix sharing: the trainer hands num_items_in_batch to compute_loss of {home}, as "
-            "its batches have labels; the loss must be divided by that, and is not weighted by "
-            "pairs. If it is a mean over pairs, set trainer.model_accepts_loss_kwargs = False"
-        )
+        forward = type(called_module(self._trainer.model)).forward
+        for name, function in (("compute_loss", self._compute_loss), ("forward", forward)):
+            home = getattr(function, "__module__", "") or ""
+            if self._said or home.startswith(_STOCK):
+                continue
+            self._said = True
+            warn_caller(
+                f"prefix sharing: the trainer hands num_items_in_batch to {name} of {home}, as its "
+                "batches have labels; the loss must be divided by that, and is not weighted by "
+                "pairs. If it is a mean over pairs, set trainer.model_accepts_loss_kwargs = False"
+            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's, whose result it logs: without the weight."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from hf_prefix_patch.hooks import OnBypass, patched_stacks
+from hf_prefix_patch.hooks import OnBypass, patch_of, patched_stacks
 from hf_prefix_patch.notices import warn_caller
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class SetEpoch(TrainerCallback):
 
 class CheckPolicy(TrainerCallback):
     """Says so when the model that is about to be trained is not shared, though the trainer is
-    patched: its batches may hold several times the tokens that it then runs on.
+    patched: its batches may hold several times the tokens that it then runs on. And after a step in
+    which its decoder stack was not called.
 
     Args:
         on_bypass: as `enable_prefix_sharing`.
@@ -37,6 +38,7 @@ class CheckPolicy(TrainerCallback):
 
     def __init__(self, on_bypass: OnBypass, by_budget: bool) -> None:
         self._on_bypass, self._by_budget = on_bypass, by_budget
+        self._has_stepped = False
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -49,6 +51,20 @@ class CheckPolicy(TrainerCallback):
         if self._by_budget:  # the batches stay those of the budget until training ends
             self._check(model)
 
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self._has_stepped:
+            return
+        self._has_stepped = True
+        patches = [patch for patch in map(patch_of, patched_stacks(model)) if patch is not None]
+        if patches and not any(x.stats.calls or x.stats.bypassed for x in patches):
+            self._say(
+                f"the decoder stack of the {type(model).__name__} that this trainer trains was not "
+                "called in its first step, so nothing is shared; where a module of your own calls "
+                "its forward or its layers, call the stack itself"
+            )
+
     def _check(self, model: Any) -> None:
         if patched_stacks(model):
             return
@@ -60,6 +76,9 @@ class CheckPolicy(TrainerCallback):
         )
         if self._by_budget:
             raise RuntimeError(f"{message}. Its batches are made by max_tokens_per_batch")
+        self._say(message)
+
+    def _say(self, message: str) -> None:
         if self._on_bypass == "raise":
             raise RuntimeError(message)
         if self._on_bypass == "warn":

@@ -26,7 +26,7 @@ from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors, 
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.outputs import unpack_output
 from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
-from hf_prefix_patch.planned import plan_of
+from hf_prefix_patch.planned import plain, plan_of
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, ROW_INPUTS, Plan, forget, recall_plan
 from hf_prefix_patch.recurrent import TreeRecurrence, recurrence_of
 from hf_prefix_patch.selection import (
@@ -225,7 +225,7 @@ def pack_rows(
         patch.watch(plan.tree)
     if plan.reason is not None and not packed:
         patch.bypass(plan.reason, training=training)
-        return None
+        return tuple(map(plain, args)), {name: plain(x) for name, x in kwargs.items()}
     if decoder_of(backbone) is not backbone:
         if packed:
             inputs["position_ids"] = plan.on(inputs["input_ids"].device).position_ids

@@ -119,6 +119,11 @@ class PackedRow(PlannedTensor):
         return result.as_subclass(PackedRow) if shaped else result
 
 
+def plain(x: Any) -> Any:
+    """A planned tensor without its class, which compiled code does not take; else what it is."""
+    return x.as_subclass(Tensor) if isinstance(x, PlannedTensor) else x
+
+
 def attach_plan(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, PlannedTensor]:
     """The tensors, arguments of one call, sharing their memory and remembering the plan."""
     names = frozenset(tensors)

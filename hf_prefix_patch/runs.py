@@ -112,7 +112,13 @@ class Runs:
         # Column i of the logits predicts column i + 1.
         columns = completion[:, 1:].any(0).nonzero()[:, 0]
         kept = {"logits_to_keep": columns} if self._takes_columns else {}
-        output = self._model(input_ids=ids, attention_mask=mask, **self._options, **kept).logits
+        returned = self._model(input_ids=ids, attention_mask=mask, **self._options, **kept)
+        output = getattr(returned, "logits", None)
+        if output is None:
+            raise TypeError(
+                f"{type(self._inner).__name__} returns no logits, but log-probs or scores are "
+                "compared; pass the model with its head, as AutoModelForCausalLM loads it"
+            )
         if output.ndim == 2:  # scores of rows
             self.quantity = "scores"
             rows = torch.arange(len(output), device=output.device)

@@ -644,17 +644,18 @@ def test_losses_by_tokens_are_left_alone(tmp_path):
         trainer.train()
 
 
+def with_targets(examples):
+    batch = rows_collator(examples)
+    return batch | {"labels": batch["input_ids"]}
+
+
 @pytest.mark.needs(transformers=">=5")  # before, models that take the number are told so apart
 def test_means_over_pairs_that_are_handed_a_number_of_targets(tmp_path):
     """A loss of the user's own that is not divided by it: said, once, with what to do."""
 
-    def with_labels(examples):
-        batch = rows_collator(examples)
-        return batch | {"labels": batch["input_ids"]}
-
     def train(accepts):
         trainer = plain_trainer(tmp_path, WithLabels)
-        trainer.data_collator = with_labels
+        trainer.data_collator = with_targets
         trainer.model_accepts_loss_kwargs = accepts
         enable_prefix_sharing(trainer, max_tokens_per_batch=26)
         trainer.train()
@@ -662,6 +663,37 @@ def test_means_over_pairs_that_are_handed_a_number_of_targets(tmp_path):
     with pytest.warns(UserWarning, match=r"hands num_items_in_batch to compute_loss of") as caught:
         train(accepts=True)
     assert len([x for x in caught if "model_accepts_loss_kwargs = False" in str(x.message)]) == 1
+    train(accepts=False)  # warnings are errors
+
+
+class MeanOfRows(torch.nn.Module):
+    """Takes whatever a trainer passes, and returns a mean over rows all the same."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, **unused):
+        loss = MeanLoss.compute_loss(
+            None, self.model, {"input_ids": input_ids, "attention_mask": attention_mask}
+        )
+        return {"loss": loss}
+
+
+@pytest.mark.needs(transformers=">=5")
+def test_a_module_that_is_handed_a_number_of_targets(tmp_path):
+    def train(accepts):
+        stock = plain_trainer(tmp_path, Trainer)
+        trainer = Trainer(
+            MeanOfRows(stock.model), stock.args, with_targets, train_dataset=stock.train_dataset
+        )
+        assert trainer.model_accepts_loss_kwargs
+        trainer.model_accepts_loss_kwargs = accepts
+        enable_prefix_sharing(trainer, max_tokens_per_batch=26)
+        trainer.train()
+
+    with pytest.warns(UserWarning, match=r"hands num_items_in_batch to forward of test_budget"):
+        train(accepts=True)
     train(accepts=False)  # warnings are errors
 
 

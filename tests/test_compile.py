@@ -232,6 +232,25 @@ def test_compiled_model_with_planned_rows():
     assert counts[1] <= counts[0]
 
 
+@pytest.mark.parametrize("why", ["nothing to gain", "key/value cache"])
+def test_compiled_model_with_planned_rows_that_runs_unshared(why):
+    """Compiled code takes no tensors of another class, so a bypassed call gets plain ones."""
+    model = tiny_model()
+    ids = torch.tensor([[5, 6, 7, 8], [9 if why == "nothing to gain" else 5, 6, 7, 8]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    planned = attach_plan(Plan.of_rows(*inputs.values()), inputs)
+    options = {"labels": ids, "use_cache": why != "nothing to gain"}
+    model(**inputs, **options).loss.backward()
+    want = gradients(model)
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager")
+    with enable_prefix_sharing(model, verify=False, on_bypass="ignore") as sharing:
+        compiled(**planned, **options).loss.backward()
+    assert sharing.stats.bypassed == {why: 1}
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, want[name])
+
+
 def test_compiled_by_inductor():
     """The default compiler, whose C++ the machine may not be able to build."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:

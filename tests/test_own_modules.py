@@ -154,10 +154,7 @@ class PairLoss(RewardModel):
         return {"loss": -logsigmoid(chosen - rejected).mean()}
 
 
-def test_trainer(tmp_path):
-    torch.manual_seed(0)
-    model = PairLoss(tiny_model().base_model)
-    want = copy.deepcopy(model)
+def pair_trainer(model, tmp_path):
     pairs = [
         {
             "prompt_ids": [5, 6, 7, 8, 9, i],
@@ -170,12 +167,17 @@ def test_trainer(tmp_path):
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, optim="sgd",
         use_cpu=True, report_to="none", remove_unused_columns=False, save_strategy="no",
     )  # fmt: skip
-    collator = DataCollatorWithPrefixSharing(pad_token_id=0)
-    trainer = Trainer(model, args, collator, pairs)
+    return Trainer(model, args, DataCollatorWithPrefixSharing(pad_token_id=0), pairs)
+
+
+def test_trainer(tmp_path):
+    torch.manual_seed(0)
+    model = PairLoss(tiny_model().base_model)
+    want = copy.deepcopy(model)
+    trainer = pair_trainer(model, tmp_path)
     sharing = enable_prefix_sharing(trainer, log_metrics=True)
     trainer.train()
-    reference = Trainer(want, args, collator, pairs)
-    reference.train()
+    pair_trainer(want, tmp_path).train()
     for ours, theirs in zip(model.parameters(), want.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     assert (sharing.stats.calls, sharing.stats.bypassed) == (2, {})
@@ -224,6 +226,29 @@ def test_a_module_beside_the_policy_is_left_alone(tmp_path):
             assert torch.equal(trainer.judge(ids), want)
 
 
+class ByHand(PairLoss):
+    """Calls no hook of the stack."""
+
+    def forward(self, input_ids, attention_mask, completion_mask):
+        hidden = self.stack.forward(input_ids, attention_mask, use_cache=False).last_hidden_state
+        chosen, rejected = self.score(hidden[:, 0])[:, 0].chunk(2)
+        return {"loss": -logsigmoid(chosen - rejected).mean()}
+
+
+def test_a_stack_that_is_not_called(tmp_path):
+    """Nothing is shared, which no call could have counted."""
+    trainer = pair_trainer(ByHand(tiny_model().base_model), tmp_path)
+    said = r"stack of the ByHand .* not called in its first step"
+    with enable_prefix_sharing(trainer) as sharing, pytest.warns(UserWarning, match=said):
+        trainer.train()
+    assert sharing.stats.calls == 0
+    raising = enable_prefix_sharing(trainer, on_bypass="raise")
+    with raising, pytest.raises(RuntimeError, match="call the stack itself"):
+        trainer.train()
+    with enable_prefix_sharing(trainer, on_bypass="ignore"):
+        trainer.train()  # warnings are errors
+
+
 def test_what_needs_a_model_itself_says_so():
     """A module of one's own may return anything: no logits can be read from it."""
     module, _ = value_head()
@@ -232,3 +257,5 @@ def test_what_needs_a_model_itself_says_so():
     for function in (logps_without_logits, compare_sharing):
         with pytest.raises(TypeError, match=r"ValueHead.* such as the model that it holds"):
             function(module, batch)
+    with pytest.raises(TypeError, match=r"LlamaModel returns no logits.* with its head"):
+        compare_sharing(tiny_model().base_model, batch)
