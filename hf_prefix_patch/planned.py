@@ -120,8 +120,9 @@ class PackedRow(PlannedTensor):
 
 
 def plain(x: Any) -> Any:
-    """A planned tensor without its class, which compiled code does not take; else what it is."""
-    return x.as_subclass(Tensor) if isinstance(x, PlannedTensor) else x
+    """Planned rows without their class, which compiled code does not take; else what it is, so that
+    a packed row stays one, and is not embedded."""
+    return x.as_subclass(Tensor) if type(x) is PlannedTensor else x
 
 
 def attach_plan(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, PlannedTensor]:
