@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import LayerTokens, assert_same_run, gradients, preference_batch
 from families import tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_trl import lora_config, perturb
 from torch import nn
 from torch.nn.functional import logsigmoid
@@ -133,6 +133,14 @@ def test_scores_and_gradients(build):
     (packed, padded) = sharing.stats.packed_tokens, sharing.stats.padded_tokens
     assert tokens.shapes[0] == (1, packed)
     assert packed < 0.8 * padded
+
+
+def test_adapters_within_are_looked_at():
+    """The model in the module is the one with its adapters, not the stack in that."""
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    module = ValueHead(get_peft_model(tiny_model(), prompt))
+    with pytest.raises(NotImplementedError, match="virtual tokens"):
+        enable_prefix_sharing(module)
 
 
 def test_verification_runs_within(monkeypatch):
