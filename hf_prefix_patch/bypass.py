@@ -21,6 +21,8 @@ LAYERS_CHANGED = "layers or layer types changed after enabling"
 
 _POSITIONS = "pass integers of the shape of input_ids, counted from 0 in each row"
 _TEXT_ALONE = "give rows without images or sound, or none that share a prompt"
+_DIFFERS = "switch off what is random before the text decoder (dropout of a vision tower or its "
+_DIFFERS += "adapters), or give rows without images or sound"
 _UNSHARED = "call without this adapter; as it is, such a call is for rows, not for tokens"
 
 ADVICE = {
@@ -59,7 +61,7 @@ ADVICE = {
     "accelerate launch or torchrun start a process for each device",
     "a mask that is not causal attention to real tokens": _TEXT_ALONE,
     "position_ids that differ between rows": _TEXT_ALONE,
-    "input '...' that differs between rows": _TEXT_ALONE,
+    "input '...' that differs between rows": _DIFFERS,
     "input '...' of the text decoder": _TEXT_ALONE,
 }
 """What to do about calls that are bypassed, for every reason but that there is nothing to gain;
@@ -67,9 +69,9 @@ ADVICE = {
 
 _CACHES = {"cache", "past_key_values", "cache_params"}  # as transformers has called it
 # Inputs of a decoder stack that sharing understands, or that do not change its hidden states.
-_KNOWN_INPUTS = _CACHES | {"input_ids", "attention_mask", "position_ids", "inputs_embeds"}
-_KNOWN_INPUTS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
-_KNOWN_INPUTS |= {"return_dict", "labels", "shift_labels", "num_items_in_batch"}
+KNOWN_INPUTS = _CACHES | {"input_ids", "attention_mask", "position_ids", "inputs_embeds"}
+KNOWN_INPUTS |= {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+KNOWN_INPUTS |= {"return_dict", "labels", "shift_labels", "num_items_in_batch"}
 # What trainers and heads hand a decoder stack although it is for the head or the loss. A stack that
 # has a parameter of this name reads it (Gemma 4 computes some layers for `logits_to_keep` alone).
 PASSED_THROUGH = {"logits_to_keep", "margin"}
@@ -132,7 +134,7 @@ def _bypass_reasons(
     asked = inputs.get("output_attentions")
     if getattr(config, "output_attentions", False) if asked is None else asked:
         yield "output_attentions"
-    known = _KNOWN_INPUTS
+    known = KNOWN_INPUTS
     if config is not backbone.config:
         known = known.union(TOKEN_TYPES, _options(backbone, inputs))
     for name, x in inputs.items():

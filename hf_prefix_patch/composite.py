@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 CALL = "tree_call"
 """The argument that takes a planned call to the text decoder."""
 
+# What vision towers add to the first layers (DeepStack), one entry for each cell that is marked.
+_MARKS, _MARKED = "visual_pos_masks", "deepstack_visual_embeds"
+
+# Half of the digits of the coarsest type that a tower may compute in, whatever it hands on.
+_ROUNDING = torch.finfo(torch.bfloat16).eps ** 0.5
+
 
 def decoder_of(backbone: PreTrainedModel) -> PreTrainedModel:
     """The text decoder of a composite's inner model; of any other model, the model itself.
@@ -103,9 +109,11 @@ class PlannedCall:
                     return inputs, "position_ids that differ between rows"
                 result[name] = x if self.packed else _pack_axes(tree, x)
             elif isinstance(x, Tensor) and tuple(x.shape[:2]) == rows:
-                if not (self.packed or x.is_floating_point() or _agrees(tree, x)):
+                if not (self.packed or _agrees(tree, x)):
                     return inputs, f"input {name!r} that differs between rows"
                 result[name] = x if self.packed else tree.pack(x)
+            elif name == _MARKED and not self.packed and (marked := _pack_marked(tree, inputs)):
+                result[name] = marked
             else:
                 return inputs, f"input {name!r} of the text decoder"
         return result, None
@@ -177,9 +185,27 @@ def _same(handed: Any, plain: Any) -> bool:
 
 
 def _agrees(tree: PrefixTree, x: Tensor) -> bool:
-    """Whether `[R, L, ...]` is the same in all cells of each packed token."""
-    flat = x.flatten(0, 1)
-    return bool((flat[tree.cell] == flat[tree.source][tree.packed_index]).all())
+    """Whether `[R, L, ...]` is the same in all cells of each packed token, floats but for rounding:
+    a kernel may round the features of one image by its place in the batch."""
+    flat, kept = x.detach().flatten(0, 1), tree.source[tree.packed_index]
+    copies = tree.cell != kept
+    ours, theirs = flat[tree.cell[copies]], flat[kept[copies]]
+    if not x.is_floating_point():
+        return torch.equal(ours, theirs)
+    size, error = (y.flatten(1).float().norm(dim=1) for y in (theirs, ours - theirs))
+    return bool((error <= size * _ROUNDING).all())
+
+
+def _pack_marked(tree: PrefixTree, inputs: dict[str, Any]) -> list[Tensor] | None:
+    """Features of the marked cells, `[M, ...]` in row order, to those of the packed row; None if
+    they are not one for each of the `M` cells."""
+    marks, features = inputs.get(_MARKS), inputs[_MARKED]
+    if not isinstance(marks, Tensor) or any(len(x) != marks.sum() for x in features):
+        return None
+    flat = marks.flatten()
+    order = flat.cumsum(0) - 1
+    kept = order[tree.source[flat[tree.source]]]
+    return [x[kept] for x in features]
 
 
 def _pack_axes(tree: PrefixTree, positions: Tensor) -> Tensor:

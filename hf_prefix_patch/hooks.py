@@ -23,6 +23,7 @@ from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embedd
 from hf_prefix_patch.config_views import Views
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
 from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors, not_packed
+from hf_prefix_patch.media import media_of, told_apart
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.outputs import unpack_output
 from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
@@ -241,11 +242,19 @@ def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str
     """The plan that the rows of a call carry, or else one made for them."""
     check_tensors(inputs)
     decoder = decoder_of(backbone)
-    reason = bypass_reason(backbone, inputs, patch.cache_by_default)
+    media = media_of(backbone, decoder, inputs)
+    others = {name: x for name, x in inputs.items() if name not in media}
+    reason = bypass_reason(backbone, others, patch.cache_by_default)
     reason = reason or views_of(backbone).outdated(decoder)
     if reason is not None:
         return Plan(None, reason)
-    plan = plan_of(inputs) or recall_plan([inputs.get(name) for name in ROW_INPUTS])
+    rows = [inputs.get(name) for name in ROW_INPUTS]
+    if media:  # a plan that came along was made by ids alone
+        of_media = [inputs[name] for name in media]
+        rows[0] = told_apart(backbone.config, inputs["input_ids"], of_media)
+        plan = recall_plan(rows)
+    else:
+        plan = plan_of(inputs) or recall_plan(rows)
     config = decoder.config
     if plan.reason is None and rope_depends_on_length(config) and plan.padded_beyond:
         return Plan(None, "rotary frequencies that depend on padding")

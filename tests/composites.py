@@ -49,10 +49,11 @@ _MLLAMA_EYE = {
     "image_size": 8,
     "patch_size": 4,
     "vision_output_dim": 32,
+    "max_num_tiles": 1,
     "supported_aspect_ratios": [[1, 1]],
     "intermediate_layers_indices": [0],
 }
-_EAR = {**_SMALL, "intermediate_size": 32, "num_mel_bins": 8}
+_EAR = {**_SMALL, "intermediate_size": 32, "num_mel_bins": 8, "max_source_positions": 8}
 
 COMPOSITES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # Class, options of the text decoder, all else.
@@ -74,7 +75,11 @@ COMPOSITES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llava": (
         "Llava",
         {"model_type": "llama"},
-        {"vision_config": {**_EYE, "model_type": "clip_vision_model"}, "image_token_index": IMAGE},
+        {
+            "vision_config": {**_EYE, "model_type": "clip_vision_model"},
+            "image_token_index": IMAGE,
+            "vision_feature_layer": -1,
+        },
     ),
     "gemma3": (
         "Gemma3",
@@ -89,7 +94,11 @@ COMPOSITES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral3": (
         "Mistral3",
         {"model_type": "mistral", "sliding_window": None},
-        {"vision_config": {**_EYE, "model_type": "pixtral"}, "image_token_index": IMAGE},
+        {
+            "vision_config": {**_EYE, "model_type": "pixtral"},
+            "image_token_index": IMAGE,
+            "spatial_merge_size": 1,
+        },
     ),
     "mllama": (
         "Mllama",
@@ -116,17 +125,52 @@ def tiny_composite(family: str = "llava", **changes: Any) -> PreTrainedModel:
     return getattr(transformers, f"{name}ForConditionalGeneration")(config).train()
 
 
-def image_batch(family: str) -> tuple[Batch, dict[str, torch.Tensor]]:
-    """One pair with an image in its prompt, and what a processor would give along."""
-    prompt = [5, 47, IMAGE, IMAGE, IMAGE, IMAGE, 46, 6, 7]
-    batch = pad_rows([[*prompt, 8, 9, 10], [*prompt, 11, 12]], [9, 9], "right")
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(1, 3, 8, 8, generator=generator).expand(2, -1, -1, -1)
-    types = (batch.input_ids == IMAGE).long()
+def image_batch(family: str, *pictures: tuple[int, ...]) -> tuple[Batch, dict[str, torch.Tensor]]:
+    """Rows that begin alike but for their images, and what a processor would give along.
+
+    Args:
+        pictures: numbers of the images of each row; one image in both of two rows, if not given.
+    """
+    pictures = pictures or ((0,), (0,))
+    rows, lengths = [], []
+    for row, images in enumerate(pictures):
+        prompt = [5, *[47, IMAGE, IMAGE, IMAGE, IMAGE, 46] * len(images), 6, 7]
+        answer = [8 + 4 * row + i for i in range(3 if row % 2 == 0 else 2)]
+        rows.append(prompt + answer)
+        lengths.append(len(prompt))
+    batch = pad_rows(rows, lengths, "right")
+    return batch, _processed(family, pictures, (batch.input_ids == IMAGE).long())
+
+
+def _processed(
+    family: str, pictures: tuple[tuple[int, ...], ...], types: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    shown = [number for images in pictures for number in images]
+    if family == "voxtral":
+        return {"input_features": torch.stack([_noise(number, 8, 16) for number in shown])}
     if family.startswith("qwen"):
-        patches = torch.randn(16, 3 * 16, generator=generator).repeat(2, 1)
-        grid = torch.tensor([[1, 4, 4]] * 2)
-        return batch, {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": types}
-    if family == "gemma3":
-        return batch, {"pixel_values": pixels, "token_type_ids": types}
-    return batch, {"pixel_values": pixels[:, None] if family == "smolvlm" else pixels}
+        patches = torch.cat([_noise(number, 16, 3 * 16) for number in shown])
+        grid = torch.tensor([[1, 4, 4]] * len(shown))
+        return {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": types}
+    if family == "smolvlm":  # a row each; images of zeros stand for none
+        pixels = torch.zeros(len(pictures), max(map(len, pictures)), 3, 8, 8)
+        for row, images in enumerate(pictures):
+            for i, number in enumerate(images):
+                pixels[row, i] = _noise(number, 3, 8, 8)
+        return {"pixel_values": pixels}
+    pixels = {"pixel_values": torch.stack([_noise(number, 3, 8, 8) for number in shown])}
+    if family == "mistral3":
+        return {**pixels, "image_sizes": torch.tensor([[8, 8]] * len(shown))}
+    if family == "mllama":  # rows of images of tiles
+        ones = torch.ones(len(pictures), 1, dtype=torch.long)
+        return {
+            "pixel_values": pixels["pixel_values"].view(len(pictures), 1, 1, 3, 8, 8),
+            "aspect_ratio_ids": ones,
+            "aspect_ratio_mask": ones[..., None],
+            "cross_attention_mask": ones[..., None, None].expand(-1, types.shape[1], -1, -1),
+        }
+    return {**pixels, "token_type_ids": types} if family == "gemma3" else pixels
+
+
+def _noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
