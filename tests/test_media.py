@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 import hf_prefix_patch
 from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
 from hf_prefix_patch.composite import decoder_of
-from hf_prefix_patch.media import media_of
+from hf_prefix_patch.media import media_of, told_apart
 
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 FAMILIES = [name for name in COMPOSITES if name not in ("gemma3", "mllama")]
@@ -213,9 +213,22 @@ def test_what_is_taken_for_media():
     model = tiny_composite("qwen2.5-vl").model
     batch, media = image_batch("qwen2.5-vl")
     others = {"mm_encoder_outputs": {}, "pixel_values_videos": [torch.ones(2)], "unknown": media}
+    others["video_grid_thw"] = torch.tensor(1)
     inputs = {**batch.inputs, **media, **others, "labels": batch.input_ids}
     assert media_of(model, model.language_model, inputs) == {"pixel_values", "image_grid_thw"}
     assert media_of(model.language_model, model.language_model, inputs) == set()
+
+
+def test_rows_are_told_apart_by_what_repeats():
+    """Three entries are no two halves, padding and ends of rows are no placeholders."""
+    names = {"image_token_id": 9, "pad_token_id": 0, "eos_token_id": 2, "hidden_size": 5}
+    config = transformers.PretrainedConfig(**names)
+    ids = torch.tensor([[5, 9, 6, 7, 2], [5, 9, 6, 2, 0]])
+    alike, third = torch.ones(2, 3), torch.ones(3, 3)
+    assert told_apart(config, ids, [alike]).equal(ids)
+    for media in ([third], [alike, third], [torch.eye(2)], [alike, torch.arange(2)]):
+        ours, theirs = told_apart(config, ids, media)
+        assert not set(ours.tolist()) & set(theirs.tolist())
 
 
 def test_placeholders_that_no_config_names(monkeypatch):
