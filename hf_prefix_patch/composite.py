@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_prefix_patch.bypass import PASSED_THROUGH, TOKEN_TYPES, passes_through
+from hf_prefix_patch.media import ROUNDING
 from hf_prefix_patch.packed import by_name, untraced
 from hf_prefix_patch.plans import Plan
 from hf_prefix_patch.support import refusal
@@ -29,9 +30,6 @@ CALL = "tree_call"
 
 # What vision towers add to the first layers (DeepStack), one entry for each cell that is marked.
 _MARKS, _MARKED = "visual_pos_masks", "deepstack_visual_embeds"
-
-# Half of the digits of the coarsest type that a tower may compute in, whatever it hands on.
-_ROUNDING = torch.finfo(torch.bfloat16).eps ** 0.5
 
 
 def decoder_of(backbone: PreTrainedModel) -> PreTrainedModel:
@@ -152,6 +150,7 @@ def pack_embeddings(
     call: PlannedCall | None = kwargs.get(CALL)
     if call is None:
         return None
+    call.patch.towers.expect(1)  # they have run
     inputs = by_name(decoder, args, kwargs)
     del inputs[CALL]
     inputs, reason = call.pack(decoder, inputs)
@@ -193,7 +192,7 @@ def _agrees(tree: PrefixTree, x: Tensor) -> bool:
     if not x.is_floating_point():
         return torch.equal(ours, theirs)
     size, error = (y.flatten(1).float().norm(dim=1) for y in (theirs, ours - theirs))
-    return bool((error <= size * _ROUNDING).all())
+    return bool((error <= size * ROUNDING).all())
 
 
 def _pack_marked(tree: PrefixTree, inputs: dict[str, Any]) -> list[Tensor] | None:

@@ -23,7 +23,7 @@ from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embedd
 from hf_prefix_patch.config_views import Views
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
 from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors, not_packed
-from hf_prefix_patch.media import media_of, told_apart
+from hf_prefix_patch.media import media_of, repetitions, told_apart
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.outputs import unpack_output
 from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
@@ -40,6 +40,7 @@ from hf_prefix_patch.selection import (
     structure_of,
 )
 from hf_prefix_patch.stats import SharingStats
+from hf_prefix_patch.towers import Towers
 from hf_prefix_patch.tree import PrefixTree
 from hf_prefix_patch.wrappers import backbone_of, unwrap
 
@@ -69,6 +70,7 @@ class BackbonePatch:
         setattr(backbone, _STATE, self)  # first: it is what undoes the rest
         setattr(backbone, _VIEWS, Views())
         self._hooks.append(backbone.register_forward_pre_hook(pack_rows, with_kwargs=True))
+        self.towers = Towers(backbone, decoder)
         if decoder is not backbone:
             self._hooks.append(decoder.register_forward_pre_hook(pack_embeddings, with_kwargs=True))
         # Before those of the user, which are for rows.
@@ -96,6 +98,7 @@ class BackbonePatch:
         self.recurrence = None
         for hook in self._hooks:
             hook.remove()
+        self.towers.remove()
         if _VIEWS in backbone.__dict__:
             views_of(backbone).restore(decoder_of(backbone))
             delattr(backbone, _VIEWS)
@@ -212,6 +215,7 @@ def pack_rows(
     patch = patch_of(backbone)
     if patch is None or kwargs is None:  # the hook before this one has taken the patch off
         return None
+    patch.towers.expect(1)  # until this call is known to be shared
     inputs = by_name(backbone, args, kwargs)
     packed = is_packed(inputs)
     if packed:
@@ -248,10 +252,11 @@ def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str
     reason = reason or views_of(backbone).outdated(decoder)
     if reason is not None:
         return Plan(None, reason)
-    rows = [inputs.get(name) for name in ROW_INPUTS]
+    rows, times = [inputs.get(name) for name in ROW_INPUTS], 1
     if media:  # a plan that came along was made by ids alone
-        of_media = [inputs[name] for name in media]
-        rows[0] = told_apart(backbone.config, inputs["input_ids"], of_media)
+        tensors = [inputs[name] for name in media]
+        times = repetitions(backbone.config, inputs["input_ids"], tensors)
+        rows[0] = told_apart(inputs["input_ids"], times)
         plan = recall_plan(rows)
     else:
         plan = plan_of(inputs) or recall_plan(rows)
@@ -260,6 +265,8 @@ def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str
         return Plan(None, "rotary frequencies that depend on padding")
     if plan.reason is None and patch.sees_padding and plan.padded_before:
         return Plan(None, "recurrent layers with a bias that is added to padding before a row")
+    if plan.reason is None:
+        patch.towers.expect(times)
     return plan
 
 

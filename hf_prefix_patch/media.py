@@ -19,6 +19,10 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.bypass import KNOWN_INPUTS, TOKEN_TYPES
 
+ROUNDING = torch.finfo(torch.bfloat16).eps ** 0.5
+"""By how much features of one image may differ with its place in a batch, of their norm: half of
+the digits of the coarsest type that a tower may compute in, whatever it hands on."""
+
 _OF_TEXT = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
@@ -34,22 +38,27 @@ def media_of(
     return {name for name in names if isinstance(x := inputs.get(name), Tensor) and x.ndim}
 
 
-def told_apart(config: Any, input_ids: Tensor, media: list[Tensor]) -> Tensor:
-    """`[R, L]` ids that only rows with the same images have in common.
+def repetitions(config: Any, input_ids: Tensor, media: list[Tensor]) -> int:
+    """How often the images of a call repeat: row `i` has those of row `i + R / repetitions`.
 
     Args:
         config: of the composite, which names its placeholders.
         input_ids: `[R, L]`.
         media: of `media_of`, in the order of the rows.
     """
-    if input_ids.is_meta:  # which no plan is made of
-        return input_ids
+    if input_ids.is_meta:
+        return 1
     ids, rows = input_ids.as_subclass(Tensor), len(input_ids)
     # Rows of unlike numbers of placeholders take unlike parts of the media.
     placeholders = [(ids == token).sum(1) for token in _placeholders(config)]
-    parts = (n for n in range(1, rows + 1) if rows % n == 0)
-    part = next(n for n in parts if all(_repeats(x, rows // n) for x in placeholders + media))
-    number = torch.arange(rows, device=ids.device) % part
+    times = (n for n in range(rows, 0, -1) if rows % n == 0)
+    return next(n for n in times if all(repeats(x, n) for x in placeholders + media))
+
+
+def told_apart(input_ids: Tensor, repetitions: int) -> Tensor:
+    """`[R, L]` ids that only rows with the same images have in common."""
+    ids, rows = input_ids.as_subclass(Tensor), len(input_ids)
+    number = torch.arange(rows, device=ids.device) % (rows // repetitions)
     return ids + number[:, None] * (ids.max() + 1)
 
 
@@ -60,7 +69,7 @@ def _placeholders(config: Any) -> set[int]:
     return {x for x in ids if isinstance(x, int)}
 
 
-def _repeats(x: Tensor, times: int) -> bool:
+def repeats(x: Tensor, times: int) -> bool:
     """Whether a tensor is so many copies of one part, one after the other."""
     part, rest = divmod(len(x), times)
     return not rest and torch.equal(x[part:], x[: len(x) - part])

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 import hf_prefix_patch
 from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
 from hf_prefix_patch.composite import decoder_of
-from hf_prefix_patch.media import media_of, told_apart
+from hf_prefix_patch.media import media_of, repetitions, told_apart
 
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 FAMILIES = [name for name in COMPOSITES if name not in ("gemma3", "mllama")]
@@ -219,16 +219,25 @@ def test_what_is_taken_for_media():
     assert media_of(model.language_model, model.language_model, inputs) == set()
 
 
-def test_rows_are_told_apart_by_what_repeats():
+def test_how_often_images_repeat():
     """Three entries are no two halves, padding and ends of rows are no placeholders."""
     names = {"image_token_id": 9, "pad_token_id": 0, "eos_token_id": 2, "hidden_size": 5}
     config = transformers.PretrainedConfig(**names)
     ids = torch.tensor([[5, 9, 6, 7, 2], [5, 9, 6, 2, 0]])
     alike, third = torch.ones(2, 3), torch.ones(3, 3)
-    assert told_apart(config, ids, [alike]).equal(ids)
+    assert repetitions(config, ids, [alike]) == 2
     for media in ([third], [alike, third], [torch.eye(2)], [alike, torch.arange(2)]):
-        ours, theirs = told_apart(config, ids, media)
-        assert not set(ours.tolist()) & set(theirs.tolist())
+        assert repetitions(config, ids, media) == 1
+    more = torch.tensor([[5, 9, 6, 7, 2], [5, 9, 9, 2, 0]])
+    assert repetitions(config, more, [alike]) == 1
+    assert repetitions(config, ids.to("meta"), [alike]) == 1
+
+
+def test_ids_of_rows_with_other_images():
+    ids = torch.tensor([[5, 9], [5, 9], [5, 8], [6, 7]])
+    assert told_apart(ids, 4).equal(ids)
+    assert told_apart(ids, 2).tolist() == [[5, 9], [15, 19], [5, 8], [16, 17]]
+    assert len(told_apart(ids, 1).unique()) == 8
 
 
 def test_placeholders_that_no_config_names(monkeypatch):
