@@ -7,6 +7,7 @@ of them and on the first: a tower for which the two do not agree goes on as with
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from threading import get_ident
@@ -20,6 +21,9 @@ from transformers import PreTrainedModel
 from hf_prefix_patch.composite import CALL
 from hf_prefix_patch.media import ROUNDING, repeats
 from hf_prefix_patch.packed import untraced
+from hf_prefix_patch.sharded import is_sharded
+
+logger = logging.getLogger(__name__)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -73,6 +77,7 @@ class _Tower:
         times: how often images repeat in the running call of the composite, by thread.
         calls: those of the tower that are running, by thread.
         dims: of each tensor of the output, the one that grows with the input; None until learnt.
+        form: of that output.
         fits: whether its output repeats as its input does, as far as is known.
     """
 
@@ -80,6 +85,7 @@ class _Tower:
         self.times: dict[int, int] = {}
         self.calls: dict[int, _Call] = {}
         self.dims: list[int | None] | None = None
+        self.form = ""
         self.fits = True
 
     def learn(self, call: _Call, output: Any) -> None:
@@ -90,7 +96,9 @@ class _Tower:
             _alike(part, whole, dim, call.times)
             for part, whole, dim in zip(parts, wholes, dims, strict=True)
         )
-        self.dims = dims
+        self.dims, self.form = dims, str(spec)
+        if not self.fits:
+            logger.info("a tower runs on all images: what it made of the first alone differs")
 
 
 @untraced
@@ -101,14 +109,29 @@ def take_part(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     part = _first_of((args, kwargs), times) if times > 1 and state.fits else None
     if part is None:
         return None
-    call = state.calls[get_ident()] = _Call(times, (args, kwargs))
-    if state.dims is not None:
-        return part
-    with torch.no_grad(), warnings.catch_warnings():
-        # Of reentrant checkpoints, without gradients.
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-        call.part = tower.forward(*part[0], **part[1])
-    return None
+    call = _Call(times, (args, kwargs))
+    if state.dims is None:
+        call.part = _tried(tower, part)
+        state.fits = call.part is not None
+    if state.fits:
+        state.calls[get_ident()] = call
+    return None if state.dims is None else part
+
+
+def _tried(tower: nn.Module, part: Arguments) -> Any:
+    """What a tower returns for the first of its inputs, without gradients; None if nothing."""
+    # Sharded layers gather their weights in each call, and all processes have to make the same.
+    if is_sharded(tower):
+        return None
+    args, kwargs = part
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # Of reentrant checkpoints, without gradients.
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+            return tower.forward(*args, **kwargs)
+    except Exception as error:  # whatever a tower raises on other inputs than it was called with
+        logger.info("%s is not shared: %s", type(tower).__name__, error)
+        return None
 
 
 @untraced
@@ -122,13 +145,13 @@ def repeat(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         state.learn(call, output)
         return None
     leaves, spec = tree_flatten(output)
-    assert state.dims is not None
-    if len(leaves) != len(state.dims):  # other options than those of the call that was learnt from
+    dims = state.dims
+    if dims is None or str(spec) != state.form:  # other options than in the call learnt from
         state.dims = None
         return tower.forward(*call.whole[0], **call.whole[1])
     repeated = (
         x if dim is None else torch.cat([x] * call.times, dim)
-        for x, dim in zip(leaves, state.dims, strict=True)
+        for x, dim in zip(leaves, dims, strict=True)
     )
     return tree_unflatten(list(repeated), spec)
 

@@ -277,6 +277,27 @@ def test_towers_that_raise():
     assert eye.seen == [2]
 
 
+def test_towers_that_take_no_part_of_their_input():
+    """Those of the first call that raise, and those whose layers gather sharded weights."""
+
+    def function(x):
+        if len(x) < 4:
+            raise ValueError("four images, please")
+        return x
+
+    want, got, seen = called(function)
+    assert seen == [2, 4, 4, 4]
+    assert all(torch.equal(output, want) for output in got)
+    eye = Eye(lambda x: x)
+    eye.weight = nn.Parameter(torch.ones(1))
+    eye.weight.ds_id = 0  # as DeepSpeed marks them
+    pixels = torch.arange(3.0).repeat(2, 1)
+    towers = Towers(Around(eye), nn.Linear(1, 1))
+    towers.expect(2)
+    assert torch.equal(eye(pixels), pixels)
+    assert eye.seen == [2]
+
+
 def test_threads_have_calls_of_their_own():
     eye = Eye(lambda x: x)
     pixels = torch.arange(3.0).repeat(2, 1)

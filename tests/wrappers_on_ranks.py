@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from batches import Batch, completion_logps, preference_batch
+from composites import image_batch, tiny_composite
 from families import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, distributed, nn
@@ -53,7 +54,8 @@ def shard(
     """FSDP2: each layer, on request LM head and decoder stack, and what is left as the root."""
     options = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype)}
     base: Any = unwrap(model, check=False)
-    parts = [*base.model.layers, *[base.lm_head] * head, *[base.model] * stack, *[model] * root]
+    layers = [m for stack in base.modules() if isinstance(stack, nn.ModuleList) for m in stack]
+    parts = [*layers, *[base.lm_head] * head, *[base.model] * stack, *[model] * root]
     for part in parts:
         fully_shard(part, **options)
     return model
@@ -115,6 +117,8 @@ class Case:
         half: compute in bf16, with the backend that a GPU would have.
         early: done to the model before anything else.
         within: in a module of the user's own.
+        images: a vision-language model; on rank 0 both rows of a pair have the same image, on rank
+            1 no two rows have.
     """
 
     wrap: Callable[[nn.Module], nn.Module]
@@ -126,6 +130,7 @@ class Case:
     half: bool = False
     early: Callable[[nn.Module], Any] | None = None
     within: bool = False
+    images: bool = False
 
 
 class Own(nn.Module):
@@ -158,6 +163,8 @@ CASES = {
     "fsdp1": Case(shard_fsdp1, alone=True),
     "ddp-within": Case(replicate, within=True),
     "fsdp2-within": Case(shard, within=True, lora=True, checkpointing=False),
+    "ddp-images": Case(replicate, images=True, lora=True),
+    "fsdp2-images": Case(shard, images=True, checkpointing=False),
 }
 DEEPSPEED_CASES = {
     "zero2": Case(lambda m: partition(m, 2), alone=True),
@@ -168,10 +175,19 @@ DEEPSPEED_CASES = {
         lambda m: partition(m, 3), early=lambda m: partition(m, 3, early=True)
     ),
     "zero3-within": Case(lambda m: partition(m, 3), within=True),
+    "zero3-images": Case(lambda m: partition(m, 3), images=True),
 }
 
 
-def batches_of(rank: int, alone: bool) -> list[Batch]:
+def batches_of(case: Case, rank: int) -> list[tuple[Batch, dict[str, Tensor]]]:
+    """Two, each with what goes with its rows."""
+    if case.images:
+        shown = [(1,), (2,), (3,), (4,)] if rank else [(1,), (2,), (1,), (2,)]
+        return [image_batch("llava", *shown)] * 2
+    return [(batch, {}) for batch in text_batches_of(rank, case.alone)]
+
+
+def text_batches_of(rank: int, alone: bool) -> list[Batch]:
     if not (alone and rank):
         return [preference_batch(seed=10 * rank + step) for step in range(2)]
     generator = torch.Generator().manual_seed(3)
@@ -184,7 +200,7 @@ def batches_of(rank: int, alone: bool) -> list[Batch]:
 
 
 def build(case: Case) -> nn.Module:
-    model = tiny_model()
+    model = tiny_composite("llava") if case.images else tiny_model()
     if case.lora:
         names = ["q_proj", "v_proj", "up_proj"]
         model = get_peft_model(model, LoraConfig(target_modules=names, init_lora_weights=False))
@@ -197,11 +213,12 @@ def build(case: Case) -> nn.Module:
     return Own(model) if case.within else model
 
 
-def logps_of(case: Case, called: nn.Module, batch: Batch) -> Tensor:
+def logps_of(case: Case, called: nn.Module, batch: Batch, media: dict[str, Tensor]) -> Tensor:
+    inputs = {**batch.inputs, **media}
     if case.logps:
-        inputs = {**batch.inputs, "completion_mask": batch.completion}
+        inputs["completion_mask"] = batch.completion
         return hf_prefix_patch.completion_logps(called, inputs)
-    return completion_logps(called(**batch.inputs, use_cache=False).logits, batch)
+    return completion_logps(called(**inputs, use_cache=False).logits, batch)
 
 
 def is_engine(called: nn.Module) -> bool:
@@ -238,10 +255,10 @@ def train(case: Case, way: str, rank: int, kernel_calls: list[Any]) -> dict[str,
             assert shape == new.shape, "a weight was left gathered"
     seen: dict[str, Any] = {"logps": [], "gradients": []}
     kernel_calls.clear()
-    for step, batch in enumerate(batches_of(rank, case.alone)):
+    for step, (batch, media) in enumerate(batches_of(case, rank)):
         waits = case.accumulate and step == 0 and hasattr(called, "no_sync")
         with called.no_sync() if waits else nullcontext():
-            logps = logps_of(case, called, batch)
+            logps = logps_of(case, called, batch, media)
             loss = (logps * torch.linspace(1.0, -0.7, len(logps))).sum()
             if is_engine(called):
                 called.backward(loss)
