@@ -69,6 +69,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/preference_sets.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/images.py
 	$(BIN)/python benchmarks/logps.py
 	$(BIN)/python benchmarks/soak.py
 	@test -n "$(DATA)" || echo "give DATA=pairs.jsonl to count tokens and to time training"

@@ -410,6 +410,40 @@ def test_memory(table):
     assert int(rows[1]["unshared prompt"]) > int(rows[0]["unshared prompt"])
 
 
+def test_images(table):
+    sizes = ["--images", "16", "64", "--responses", "8", "--repeats", "1"]
+    rows = table("images.py", *sizes)
+    assert [(row["image tokens"], row["response"]) for row in rows] == [("16", "8"), ("64", "8")]
+    for row in rows:
+        assert_positive(row, "unshared ms", "shared ms", "speed-up", "share of ideal")
+        # The tower of this shape gains 2, the decoder less.
+        assert 1 < float(row["token bound"]) < 2
+        assert 1 < float(row["ideal"]) < 2
+        assert 0 < float(row["shared GiB"]) < float(row["unshared GiB"])
+        assert float(row["error"]) < 1e-5
+
+
+def test_images_that_share_nothing(module, monkeypatch, tmp_path):
+    images = module("images")
+    random_pair = images.random_pair
+
+    def apart(model, image, response):
+        pair = random_pair(model, image, response)
+        pair.inputs["pixel_values"][0] += 1
+        return pair
+
+    monkeypatch.setattr(images, "random_pair", apart)
+    sizes = ["--images", "16", "--responses", "8", "--repeats", "1"]
+    failed = "an image of 16 and responses of 8 tokens"
+    (row,), text = failing_run(images.main, sizes, tmp_path, failed)
+    assert row["speed-up"] == "failed"
+    assert "nothing was shared" in text
+    with pytest.raises(ValueError, match="an image of 17 tokens is no square"):
+        images.main([*TINY, "--images", "17"])
+    with pytest.raises(ValueError, match="no vision tower for --shape 135m"):
+        images.main(["--device", "cpu", "--shape", "135m"])
+
+
 def test_memory_goes_on_after_an_error(module, monkeypatch, tmp_path):
     memory = module("memory")
     search = memory.search
