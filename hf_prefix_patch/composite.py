@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 CALL = "tree_call"
 """The argument that takes a planned call to the text decoder."""
 
+# The columns of the rows, which composites of transformers 4 hand on as places in a cache.
+_NO_CACHE = "cache_position"
+
 # What vision towers add to the first layers (DeepStack), one entry for each cell that is marked.
 _MARKS, _MARKED = "visual_pos_masks", "deepstack_visual_embeds"
 
@@ -96,10 +99,11 @@ class PlannedCall:
             if not self.packed and not _agrees(tree, x):
                 return inputs, f"input {name!r} that differs between rows"
         result = dict(inputs)
+        result.pop(_NO_CACHE, None)
         for name, x in inputs.items():
             if name in PASSED_THROUGH and not (x is None or passes_through(decoder, name, x)):
                 return inputs, f"input {name!r} of the text decoder"
-            if name in ("attention_mask", CALL) or not isinstance(x, Tensor | list | tuple):
+            if name in ("attention_mask", CALL, _NO_CACHE) or not isinstance(x, Tensor | list | tuple):
                 continue
             if isinstance(x, Tensor) and name == "position_ids":
                 x = x.expand(*x.shape[:-2], *rows)
@@ -125,6 +129,7 @@ class PlannedCall:
         if positions is not None and positions.ndim != 2:
             positions = None
         no_blocks = torch.full(embeddings.shape[:2], -1, device=embeddings.device)
+        columns = torch.arange(embeddings.shape[1], device=embeddings.device)
         return any(
             _same(
                 handed,
@@ -132,8 +137,9 @@ class PlannedCall:
                     decoder.config,
                     embeddings,
                     self.mask,
-                    None,
+                    past_key_values=None,
                     position_ids=positions,
+                    cache_position=columns,  # of transformers 4
                     block_sequence_ids=blocks,
                 ),
             )

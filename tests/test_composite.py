@@ -153,6 +153,20 @@ def test_positions_of_several_axes_are_packed(rows):
     assert sharing.stats.calls == 1
 
 
+def test_places_in_a_cache_of_which_there_is_none():
+    """Composites of transformers 4 hand them on."""
+    model, batch = tiny_composite("llava"), text_batch()
+    want = run(model, batch)
+    hand_down(model, cache_position=torch.arange(15))
+    with enable_prefix_sharing(model) as sharing:
+        seen = []
+        model.model.language_model.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append("cache_position" in kwargs), with_kwargs=True
+        )
+        assert_same_run(run(model, batch), want)
+    assert (sharing.stats.calls, seen) == (1, [False])
+
+
 def test_positions_given_by_the_caller():
     model = tiny_composite("qwen2.5-vl")
     batch, positions = left_padded_with_positions(vocab=45)
