@@ -265,6 +265,13 @@ def _check_arguments(trainer: Any) -> None:
         )
     if trainer.train_dataset is None:
         raise ValueError("max_tokens_per_batch needs a trainer with a train_dataset; give it one")
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    images = [name for name in ("images", "image") if name in columns]
+    if images:
+        raise ValueError(
+            f"max_tokens_per_batch counts the tokens of text, and the train_dataset has {images}; "
+            "leave it out, images are shared in the trainer's own batches"
+        )
 
 
 def _check_sampler_options(options: Mapping[str, Any]) -> None:

@@ -20,17 +20,15 @@ CACHE_BY_DEFAULT = "key/value cache by default"
 LAYERS_CHANGED = "layers or layer types changed after enabling"
 
 _POSITIONS = "pass integers of the shape of input_ids, counted from 0 in each row"
-_TEXT_ALONE = "give rows without images or sound, or none that share a prompt"
-_DIFFERS = "switch off what is random before the text decoder (dropout of a vision tower or its "
-_DIFFERS += "adapters), or give rows without images or sound"
+_TEXT_ALONE = "give rows of text alone: images that a model takes in this way cannot be shared"
 _UNSHARED = "call without this adapter; as it is, such a call is for rows, not for tokens"
 
 ADVICE = {
     CACHE_BY_DEFAULT: "pass use_cache=False, or set it in the model's config, which asks for a "
     "cache outside training",
     "key/value cache": "pass use_cache=False, unless the call generates",
-    "inputs_embeds": "pass input_ids, which sharing compares; prompt learning of PEFT cannot be "
-    "shared",
+    "inputs_embeds": "pass input_ids, which sharing compares, and enable the model that is called, "
+    "not the text decoder in it; prompt learning of PEFT cannot be shared",
     "attention mask that is not [rows, length]": "pass the padding mask, ones and zeros",
     "attention mask with holes": "remove the tokens that are masked inside of rows",
     "no real token": "leave empty batches out, and check the attention mask",
@@ -39,6 +37,7 @@ ADVICE = {
     "negative position_ids": _POSITIONS,
     "several documents in a row": "give each document a row of its own, with packing=False and "
     "padding_free=False",
+    "input '...' beside the text": _TEXT_ALONE,
     "output_attentions": "ask for attention weights in a separate call",
     "input '...'": "leave it out of the call, if the model does without; docs/trainers.md lists "
     "the known ones",
@@ -61,7 +60,9 @@ ADVICE = {
     "accelerate launch or torchrun start a process for each device",
     "a mask that is not causal attention to real tokens": _TEXT_ALONE,
     "position_ids that differ between rows": _TEXT_ALONE,
-    "input '...' that differs between rows": _DIFFERS,
+    "input '...' that differs between rows": _TEXT_ALONE,
+    "features '...' that differ between rows": "switch off what is random before the text decoder "
+    "(dropout in a vision tower or its adapters), or give rows without images or sound",
     "input '...' of the text decoder": _TEXT_ALONE,
 }
 """What to do about calls that are bypassed, for every reason but that there is nothing to gain;
@@ -139,7 +140,9 @@ def _bypass_reasons(
         known = known.union(TOKEN_TYPES, _options(backbone, inputs))
     for name, x in inputs.items():
         if name not in known and x is not None and not passes_through(backbone, name, x):
-            yield f"input {name!r}"
+            if config is backbone.config:
+                yield f"input {name!r}"
+            yield f"input {name!r} beside the text"
     if not is_causal(config):
         yield "bidirectional attention"
     if not is_known_attention(config._attn_implementation):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hf_prefix_patch.measuring import peak_of
+from hf_prefix_patch.modes import evaluating, uncompiled
 from hf_prefix_patch.runs import Runs, checkpointing, moved_embeddings, random_state
-from hf_prefix_patch.verify import evaluating, uncompiled
 from hf_prefix_patch.wrappers import unwrap
 
 Verdict = Literal["equal", "mismatch", "too noisy"]
@@ -167,8 +167,9 @@ def compare_sharing(
 
     Raises:
         TypeError: `model` holds no transformers model.
-        ValueError: a batch that is no preference batch, in which no two rows share a token, or for
-            which the unshared model returns NaN or infinity; a model that draws random numbers.
+        ValueError: a batch that is no preference batch, has images, in which no two rows share a
+            token, or for which the unshared model returns NaN or infinity; a model that draws
+            random numbers.
         NotImplementedError: a model, or calls of it, that cannot be shared.
         RuntimeError: the model is patched already.
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_prefix_patch.bypass import PASSED_THROUGH, TOKEN_TYPES, passes_through
-from hf_prefix_patch.media import ROUNDING
+from hf_prefix_patch.media import alike
 from hf_prefix_patch.packed import by_name, untraced
 from hf_prefix_patch.plans import Plan
 from hf_prefix_patch.support import refusal
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CALL = "tree_call"
 """The argument that takes a planned call to the text decoder."""
+
+_CELLS = 4096  # that are compared at once
 
 # The columns of the rows, which composites of transformers 4 hand on as places in a cache.
 _NO_CACHE = "cache_position"
@@ -66,6 +68,7 @@ class PlannedCall:
         mask: `[R, L]`, what the composite was called with; None if every token is real.
         token_types: `[R, L]` each, what the composite was told of its tokens.
         packed: whether the call holds a packed row, not rows.
+        media: whether it holds images or sound.
     """
 
     patch: BackbonePatch
@@ -73,13 +76,14 @@ class PlannedCall:
     mask: Tensor | None
     token_types: dict[str, Tensor]
     packed: bool
+    media: bool
 
     @classmethod
     def of(
-        cls, patch: BackbonePatch, plan: Plan, inputs: dict[str, Any], packed: bool
+        cls, patch: BackbonePatch, plan: Plan, inputs: dict[str, Any], packed: bool, media: bool
     ) -> PlannedCall:
         types = {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
-        return cls(patch, plan, inputs.get("attention_mask"), types, packed)
+        return cls(patch, plan, inputs.get("attention_mask"), types, packed, media)
 
     def pack(
         self, decoder: PreTrainedModel, inputs: dict[str, Any]
@@ -91,34 +95,51 @@ class PlannedCall:
             inputs: what the composite calls it with: `inputs_embeds` `[R, L, H]` or token ids,
                 `position_ids` `[R, L]` or `[A, R, L]` for `A` axes, masks, and others.
         """
-        tree = self.plan.on(_tokens(inputs).device)
-        rows = (1, tree.packed_tokens) if self.packed else (tree.num_rows, tree.row_length)
         if not self._has_plain_mask(decoder, inputs):
             return inputs, "a mask that is not causal attention to real tokens"
         for name, x in self.token_types.items():
-            if not self.packed and not _agrees(tree, x):
+            if not self._agrees(x):
                 return inputs, f"input {name!r} that differs between rows"
-        result = dict(inputs)
-        result.pop(_NO_CACHE, None)
-        for name, x in inputs.items():
+        result = {name: x for name, x in inputs.items() if name != _NO_CACHE}
+        for name, x in result.items():
             if name in PASSED_THROUGH and not (x is None or passes_through(decoder, name, x)):
                 return inputs, f"input {name!r} of the text decoder"
-            if name in ("attention_mask", CALL, _NO_CACHE) or not isinstance(x, Tensor | list | tuple):
+            if name in ("attention_mask", CALL) or not isinstance(x, Tensor | list | tuple):
                 continue
-            if isinstance(x, Tensor) and name == "position_ids":
-                x = x.expand(*x.shape[:-2], *rows)
-                if not self.packed and not _agrees(tree, x.movedim((-2, -1), (0, 1))):
-                    return inputs, "position_ids that differ between rows"
-                result[name] = x if self.packed else _pack_axes(tree, x)
-            elif isinstance(x, Tensor) and tuple(x.shape[:2]) == rows:
-                if not (self.packed or _agrees(tree, x)):
-                    return inputs, f"input {name!r} that differs between rows"
-                result[name] = x if self.packed else tree.pack(x)
-            elif name == _MARKED and not self.packed and (marked := _pack_marked(tree, inputs)):
-                result[name] = marked
-            else:
-                return inputs, f"input {name!r} of the text decoder"
+            result[name], reason = self._pack_one(name, x, inputs)
+            if reason is not None:
+                return inputs, reason
         return result, None
+
+    def _pack_one(
+        self, name: str, x: Any, inputs: dict[str, Any]
+    ) -> tuple[Tensor | list[Tensor] | None, str | None]:
+        """One of the inputs for the packed row, or why the rows do not have it in common."""
+        tree = self.plan.on(_tokens(inputs).device)
+        rows = (1, tree.packed_tokens) if self.packed else (tree.num_rows, tree.row_length)
+        pack = (lambda x: x) if self.packed else tree.pack
+        if isinstance(x, Tensor) and name == "position_ids":
+            x = x.expand(*x.shape[:-2], *rows).movedim((-2, -1), (0, 1))
+            if not self._agrees(x):
+                return None, "position_ids that differ between rows"
+            return pack(x).movedim((0, 1), (-2, -1)), None
+        if isinstance(x, Tensor) and tuple(x.shape[:2]) == rows:
+            if self._agrees(x):
+                return pack(x), None
+            if x.is_floating_point():
+                return None, f"features {name!r} that differ between rows"
+            return None, f"input {name!r} that differs between rows"
+        marked = _pack_marked(tree, inputs) if name == _MARKED and not self.packed else None
+        return marked, None if marked else f"input {name!r} of the text decoder"
+
+    def _agrees(self, x: Tensor) -> bool:
+        """Whether `[R, L, ...]` is the same in all cells of each packed token. What is made of text
+        alone is made of equal ids."""
+        if self.packed or (x.is_floating_point() and not self.media):
+            return True
+        flat = x.flatten(0, 1)
+        pairs = zip(*(torch.split(y, _CELLS) for y in self.plan.copies(x.device)), strict=True)
+        return bool(torch.stack([alike(flat[copy], flat[kept]) for copy, kept in pairs]).all())
 
     def _has_plain_mask(self, decoder: PreTrainedModel, inputs: dict[str, Any]) -> bool:
         """Whether the decoder was handed the caller's mask, or what transformers makes of it."""
@@ -156,7 +177,6 @@ def pack_embeddings(
     call: PlannedCall | None = kwargs.get(CALL)
     if call is None:
         return None
-    call.patch.towers.expect(1)  # they have run
     inputs = by_name(decoder, args, kwargs)
     del inputs[CALL]
     inputs, reason = call.pack(decoder, inputs)
@@ -189,30 +209,14 @@ def _same(handed: Any, plain: Any) -> bool:
     return handed is None and plain is None
 
 
-def _agrees(tree: PrefixTree, x: Tensor) -> bool:
-    """Whether `[R, L, ...]` is the same in all cells of each packed token, floats but for rounding:
-    a kernel may round the features of one image by its place in the batch."""
-    flat, kept = x.detach().flatten(0, 1), tree.source[tree.packed_index]
-    copies = tree.cell != kept
-    ours, theirs = flat[tree.cell[copies]], flat[kept[copies]]
-    if not x.is_floating_point():
-        return torch.equal(ours, theirs)
-    size, error = (y.flatten(1).float().norm(dim=1) for y in (theirs, ours - theirs))
-    return bool((error <= size * ROUNDING).all())
-
-
 def _pack_marked(tree: PrefixTree, inputs: dict[str, Any]) -> list[Tensor] | None:
     """Features of the marked cells, `[M, ...]` in row order, to those of the packed row; None if
     they are not one for each of the `M` cells."""
     marks, features = inputs.get(_MARKS), inputs[_MARKED]
-    if not isinstance(marks, Tensor) or any(len(x) != marks.sum() for x in features):
+    if not isinstance(marks, Tensor):
         return None
     flat = marks.flatten()
     order = flat.cumsum(0) - 1
     kept = order[tree.source[flat[tree.source]]]
-    return [x[kept] for x in features]
-
-
-def _pack_axes(tree: PrefixTree, positions: Tensor) -> Tensor:
-    """`[..., R, L]` to `[..., 1, N]`."""
-    return tree.pack(positions.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
+    number = int(flat.sum())
+    return [x[kept] for x in features] if all(len(x) == number for x in features) else None

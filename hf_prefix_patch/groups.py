@@ -131,7 +131,8 @@ def _reorder(
         given = [list(piece) for piece in pieces] if images else rows
         raise ValueError(
             f"keep_groups=True moves rows between micro-batches of {list(sizes)} rows, but {name} "
-            f"holds {given}, of which it is not known what belongs to which row; leave it out"
+            f"holds {given}, of which it is not known what belongs to which row; enable without "
+            "keep_groups, and set steps_per_generation=1"
         )
     if isinstance(first, Tensor):
         return torch.split(torch.cat(list(pieces))[order], list(sizes))

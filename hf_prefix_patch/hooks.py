@@ -23,7 +23,7 @@ from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embedd
 from hf_prefix_patch.config_views import Views
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
 from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors, not_packed
-from hf_prefix_patch.media import media_of, repetitions, told_apart
+from hf_prefix_patch.media import Shown, media_of
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.outputs import unpack_output
 from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
@@ -40,7 +40,7 @@ from hf_prefix_patch.selection import (
     structure_of,
 )
 from hf_prefix_patch.stats import SharingStats
-from hf_prefix_patch.towers import Towers
+from hf_prefix_patch.towers import expect, unhook_towers
 from hf_prefix_patch.tree import PrefixTree
 from hf_prefix_patch.wrappers import backbone_of, unwrap
 
@@ -49,6 +49,10 @@ OnBypass = Literal["warn", "ignore", "raise"]
 _STATE = "_prefix_sharing"
 _VIEWS = "_prefix_sharing_views"
 _PATIENCE = 8  # training calls without a shared token before saying so
+_IMAGES = (
+    "images must repeat as preference trainers lay them out, those of all chosen rows, then the "
+    "same of all rejected ones"
+)
 
 
 class BackbonePatch:
@@ -70,7 +74,6 @@ class BackbonePatch:
         setattr(backbone, _STATE, self)  # first: it is what undoes the rest
         setattr(backbone, _VIEWS, Views())
         self._hooks.append(backbone.register_forward_pre_hook(pack_rows, with_kwargs=True))
-        self.towers = Towers(backbone, decoder)
         if decoder is not backbone:
             self._hooks.append(decoder.register_forward_pre_hook(pack_embeddings, with_kwargs=True))
         # Before those of the user, which are for rows.
@@ -98,7 +101,7 @@ class BackbonePatch:
         self.recurrence = None
         for hook in self._hooks:
             hook.remove()
-        self.towers.remove()
+        unhook_towers(backbone)
         if _VIEWS in backbone.__dict__:
             views_of(backbone).restore(decoder_of(backbone))
             delattr(backbone, _VIEWS)
@@ -162,8 +165,8 @@ class BackbonePatch:
             self.warned.add(reason)
             warn_caller(f"{message} It runs as without sharing.")
 
-    def watch(self, tree: PrefixTree | None) -> None:
-        """Say so when the first training calls share nothing."""
+    def watch(self, tree: PrefixTree | None, media: bool) -> None:
+        """Say so when the first training calls share nothing; `media` as in `PlannedCall`."""
         calls = self.unshared_training_calls  # read once: another thread may train the model too
         if calls is None:
             return
@@ -175,7 +178,8 @@ class BackbonePatch:
             warn_caller(
                 f"prefix sharing: the first {_PATIENCE} training batches shared no token. Rows "
                 "that share a prompt must be in one batch and start in the same column (right "
-                f"padding). Bypassed calls: {dict(self.stats.bypassed)}."
+                f"padding){'; ' + _IMAGES if media else ''}. Bypassed calls: "
+                f"{dict(self.stats.bypassed)}."
             )
 
 
@@ -215,26 +219,29 @@ def pack_rows(
     patch = patch_of(backbone)
     if patch is None or kwargs is None:  # the hook before this one has taken the patch off
         return None
-    patch.towers.expect(1)  # until this call is known to be shared
-    inputs = by_name(backbone, args, kwargs)
-    packed = is_packed(inputs)
+    inputs, decoder = by_name(backbone, args, kwargs), decoder_of(backbone)
+    packed, media = is_packed(inputs), media_of(backbone, decoder, inputs)
+    times = 1  # that images are seen to repeat
     if packed:
-        outdated = views_of(backbone).outdated(decoder_of(backbone))
+        outdated = views_of(backbone).outdated(decoder)
         plan, inputs = take_packed(backbone, inputs, outdated)
     else:
-        plan = _plan_rows(backbone, patch, inputs)
-    if decoder_of(backbone) is backbone:  # composites replace ids and positions
+        plan, times = _plan_rows(backbone, patch, inputs, media)
+    if decoder is backbone:  # composites replace ids and positions
         check_range(backbone, plan, patch.positions)
     training = backbone.training and torch.is_grad_enabled()
     if training:
-        patch.watch(plan.tree)
+        patch.watch(plan.tree, bool(media))
     if plan.reason is not None and not packed:
+        expect(backbone, decoder, 1)
         patch.bypass(plan.reason, training=training)
         return tuple(map(plain, args)), {name: plain(x) for name, x in kwargs.items()}
-    if decoder_of(backbone) is not backbone:
+    if decoder is not backbone:
         if packed:
             inputs["position_ids"] = plan.on(inputs["input_ids"].device).position_ids
-        call = PlannedCall.of(patch, plan, inputs, packed)
+        expect(backbone, decoder, times)
+        inputs = {name: plain(x) for name, x in inputs.items()}
+        call = PlannedCall.of(patch, plan, inputs, packed, bool(media))
         return (), inputs | {"use_cache": False, CALL: call}
     ids = inputs["input_ids"]
     if not packed:
@@ -242,32 +249,32 @@ def pack_rows(
     return (), inputs | patch.packed_arguments(backbone, plan, ids.device, packed)
 
 
-def _plan_rows(backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str, Any]) -> Plan:
-    """The plan that the rows of a call carry, or else one made for them."""
+def _plan_rows(
+    backbone: PreTrainedModel, patch: BackbonePatch, inputs: dict[str, Any], media: list[str]
+) -> tuple[Plan, int]:
+    """The plan that the rows of a call carry, or else one made for them, and how often the images
+    of the call repeat."""
     check_tensors(inputs)
     decoder = decoder_of(backbone)
-    media = media_of(backbone, decoder, inputs)
     others = {name: x for name, x in inputs.items() if name not in media}
     reason = bypass_reason(backbone, others, patch.cache_by_default)
     reason = reason or views_of(backbone).outdated(decoder)
     if reason is not None:
-        return Plan(None, reason)
+        return Plan(None, reason), 1
     rows, times = [inputs.get(name) for name in ROW_INPUTS], 1
     if media:  # a plan that came along was made by ids alone
-        tensors = [inputs[name] for name in media]
-        times = repetitions(backbone.config, inputs["input_ids"], tensors)
-        rows[0] = told_apart(inputs["input_ids"], times)
-        plan = recall_plan(rows)
+        ids, tensors = inputs["input_ids"], [inputs[name] for name in media]
+        shown = Shown.of(backbone.config, ids, tensors)
+        plan, times = recall_plan([shown.tell_apart(ids), *rows[1:]]), shown.times
     else:
         plan = plan_of(inputs) or recall_plan(rows)
     config = decoder.config
     if plan.reason is None and rope_depends_on_length(config) and plan.padded_beyond:
-        return Plan(None, "rotary frequencies that depend on padding")
+        return Plan(None, "rotary frequencies that depend on padding"), 1
     if plan.reason is None and patch.sees_padding and plan.padded_before:
-        return Plan(None, "recurrent layers with a bias that is added to padding before a row")
-    if plan.reason is None:
-        patch.towers.expect(times)
-    return plan
+        padded = Plan(None, "recurrent layers with a bias that is added to padding before a row")
+        return padded, 1
+    return plan, times
 
 
 @untraced

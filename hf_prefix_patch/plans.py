@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_prefix_patch.backends.base import Backend, Needs
 from hf_prefix_patch.rows import ArrayLike, has_holes, host_rows
-from hf_prefix_patch.tree import PrefixTree
+from hf_prefix_patch.tree import PrefixTree, to_device
 
 NOTHING_TO_GAIN = "nothing to gain"
 ROW_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -39,6 +39,7 @@ class Plan:
     largest_id: int = -1
     largest_position: int = -1
     _moved: dict[torch.device, PrefixTree] = field(default_factory=dict)
+    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _of_backends: dict[tuple[Backend, Needs], dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
@@ -77,6 +78,17 @@ class Plan:
             with torch.inference_mode(False):  # it may serve a training call next
                 self._moved[device] = self.tree.to(device)
         return self._moved[device]
+
+    def copies(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cells that hold a token which is read from another one, and those they are read from."""
+        assert self.tree is not None
+        if device not in self._copies:
+            kept = self.tree.source[self.tree.packed_index]
+            copies = self.tree.cell != kept
+            with torch.inference_mode(False):  # it may serve a training call next
+                pair = (to_device(x[copies], device) for x in (self.tree.cell, kept))
+                self._copies[device] = tuple(pair)  # type: ignore[assignment]
+        return self._copies[device]
 
     def backend_kwargs(self, backend: Backend, needs: Needs) -> dict[str, Any]:
         """What the backend plans for this tree, once."""

@@ -60,6 +60,11 @@ def _check(where: str, example: Any) -> _Parts:
             f"{where} has values in the columns {sorted(given)}, but needs chosen and rejected, "
             "and prompt unless both begin with it; rename the columns or leave the example out"
         )
+    if given.get("images") or given.get("image"):
+        raise ValueError(
+            f"{where} has images, but only text becomes token ids here; leave them to a trainer's "
+            "processor, or drop the column to look at the text alone"
+        )
     kinds = {name: _kind(given[name]) for name in ("prompt", "chosen", "rejected") if name in given}
     if set(kinds.values()) not in ({"a string"}, {"a list of messages"}):
         raise ValueError(

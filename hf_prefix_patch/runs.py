@@ -17,6 +17,7 @@ from hf_prefix_patch.bypass import advice
 from hf_prefix_patch.composite import decoder_of
 from hf_prefix_patch.hooks import patch_of
 from hf_prefix_patch.measuring import seconds_of
+from hf_prefix_patch.media import media_of
 from hf_prefix_patch.patch import PrefixSharing, enable_prefix_sharing
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, forget
 from hf_prefix_patch.support import refusal
@@ -45,6 +46,12 @@ class Runs:
             raise RuntimeError(
                 f"{type(self._inner).__name__} is shared already, so it cannot run unshared; call "
                 "disable_prefix_sharing(model) before comparing"
+            )
+        media = media_of(self._backbone, decoder_of(self._backbone), dict(batch))
+        if media:
+            raise ValueError(
+                f"the batch holds {sorted(media)}, but rows are compared by their text alone; "
+                "leave these out, or hold the log of a training against that of an unpatched one"
             )
         self.device = device_of(self._backbone)
         self._ids, self._mask, self._completion = _rows(batch, self.device)

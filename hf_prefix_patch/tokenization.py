@@ -66,11 +66,11 @@ def tokenize_preferences(
     Raises:
         FileNotFoundError: no such path, or a folder that `datasets` did not save.
         ModuleNotFoundError: a folder, but `datasets` is not installed; Parquet, but no `pyarrow`.
-        TypeError: `data` is a mapping, or an example is none; `tokenizer` is a string.
+        TypeError: `data` is a mapping, or an example is none; `tokenizer` is a string or processor.
         ValueError: an option out of range; a file of another kind, or one that is not what its name
             says or was written in part, with the line; no example, or one that lacks chosen or
-            rejected, mixes strings and messages, has no prompt message or repeats them in chosen,
-            or has no token in an answer; a tokenizer without what it must have.
+            rejected, has images, mixes strings and messages, has no prompt message or repeats them
+            in chosen, or has no token in an answer; a tokenizer without what it must have.
 
     Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -93,6 +93,11 @@ def tokenize_preferences(
         raise TypeError(
             f"tokenizer is {tokenizer!r}, but must be a tokenizer of transformers; give "
             "AutoTokenizer.from_pretrained of the model"
+        )
+    if hasattr(tokenizer, "tokenizer"):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}, but must be a tokenizer, as text alone "
+            "becomes token ids; give processor.tokenizer"
         )
     check_counts(max_length=max_length, num_proc=num_proc)
     limit = max_length if truncation_mode == "keep_start" else None

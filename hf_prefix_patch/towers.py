@@ -1,25 +1,28 @@
 """Vision and audio towers: what a batch holds several times they compute once.
 
 Where the images of a batch repeat, a tower runs on the first of them alone, and what it returns is
-repeated. How its output grows with its input is learnt from the first such call, which runs on all
-of them and on the first: a tower for which the two do not agree goes on as without sharing.
+repeated. How its output grows with its input is learnt by a trial, when a kind of call first comes;
+where what it makes of the first alone is not what it makes of it among all, such calls run as
+without sharing.
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.composite import CALL
-from hf_prefix_patch.media import ROUNDING, repeats
+from hf_prefix_patch.media import alike, has_entries, repeats
+from hf_prefix_patch.modes import evaluating
 from hf_prefix_patch.packed import untraced
 from hf_prefix_patch.sharded import is_sharded
 
@@ -27,133 +30,171 @@ logger = logging.getLogger(__name__)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+_hooking = Lock()  # two threads may run one model
+
 _STATE = "_prefix_sharing_tower"
 _OPTIONS = (bool, int, float, str, torch.dtype, type(None))
 
 
-@dataclass
+def expect(composite: PreTrainedModel, decoder: PreTrainedModel, times: int) -> None:
+    """Tell towers how often the images of the composite's present call repeat, and hook those that
+    are not yet: others may have taken their place, or another model with the same has let go.
+
+    A tower takes no part of inputs that do not repeat, so that what it was told of another call is
+    wrong in nothing; layers that are checkpointed with a tower run again after later calls.
+    """
+    for child in composite.children() if composite is not decoder else ():
+        if times > 1 and decoder not in child.modules():
+            for tower in _outermost(child):
+                _hook(tower)
+        for module in child.modules() if child is not decoder else ():
+            state: _Tower | None = module.__dict__.get(_STATE)
+            if state is not None:
+                state.times = times
+
+
+def unhook_towers(composite: PreTrainedModel) -> None:
+    """Leave all modules of a composite as they were, copies of its towers as well."""
+    for module in composite.modules():
+        state: _Tower | None = module.__dict__.get(_STATE)
+        if state is not None:
+            state.remove(module)
+
+
+def _hook(tower: nn.Module) -> None:
+    with _hooking:
+        if _STATE not in tower.__dict__:
+            _Tower(tower)
+
+
+def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """The models in a module, in wrappers of adapters for example; projectors are none."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child)
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """How an output grows with the number of images.
+
+    Attributes:
+        form: what the output consists of.
+        dims: of each tensor in it, the dimension that grows; None for what is None.
+    """
+
+    form: str
+    dims: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, part: Any, whole: Any, times: int) -> _Growth | None:
+        """From the output for the first images and for all; None where all are not so many times
+        the first."""
+        (parts, _), (wholes, spec) = tree_flatten(part), tree_flatten(whole)
+        dims = []
+        for ours, theirs in zip(parts, wholes, strict=True):
+            dims.append(None if theirs is None else _growing_dim(ours, theirs, times))
+            if not _repeats(ours, theirs, dims[-1], times):
+                return None
+        return cls(str(spec), tuple(dims))
+
+    def repeat(self, part: Any, times: int) -> Any:
+        """The output for all images; None for a part of another form."""
+        leaves, spec = tree_flatten(part)
+        if str(spec) != self.form or [x is None for x in leaves] != [d is None for d in self.dims]:
+            return None
+        pairs = zip(leaves, self.dims, strict=True)
+        whole = [None if dim is None else torch.cat([x] * times, dim) for x, dim in pairs]
+        return tree_unflatten(whole, spec)
+
+
+def _growing_dim(part: Tensor, whole: Tensor, times: int) -> int:
+    """The dimension that is so many times as long in the whole, while the others are the same.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for dim, size in enumerate(part.shape):
+        if (*part.shape[:dim], size * times, *part.shape[dim + 1 :]) == tuple(whole.shape):
+            return dim
+    raise ValueError(f"{list(part.shape)} for the first images, {list(whole.shape)} for all")
+
+
+def _repeats(part: Tensor | None, whole: Tensor | None, dim: int | None, times: int) -> bool:
+    if part is None or whole is None or dim is None:
+        return part is whole
+    entries, wanted = part.movedim(dim, 0), whole.movedim(dim, 0)
+    return bool(alike(torch.cat([entries] * times), wanted))
+
+
+@dataclass(frozen=True)
 class _Call:
-    """A call of a tower on inputs that repeat; `part` is what it returned for the first of them,
-    where that is still to be learnt from."""
+    """A call of a tower that runs on the first of its images; `whole` are its arguments for all."""
 
     times: int
+    growth: _Growth
     whole: Arguments
-    part: Any = None
-
-
-class Towers:
-    """Those of a composite, and how often the images of its present call repeat."""
-
-    def __init__(self, composite: PreTrainedModel, decoder: PreTrainedModel) -> None:
-        children = composite.children() if composite is not decoder else ()
-        self._towers = [
-            child
-            for child in children
-            if isinstance(child, PreTrainedModel) and decoder not in child.modules()
-        ]
-        self._hooks: list[Any] = []
-        for tower in self._towers:
-            setattr(tower, _STATE, _Tower())
-            self._hooks.append(tower.register_forward_pre_hook(take_part, with_kwargs=True))
-            register = tower.register_forward_hook
-            self._hooks.append(register(repeat, with_kwargs=True, always_call=True))
-
-    def expect(self, times: int) -> None:
-        """Of the call that this thread makes: one, unless it is shared."""
-        for tower in self._towers:
-            tower.__dict__[_STATE].times[get_ident()] = times
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for tower in self._towers:
-            delattr(tower, _STATE)
 
 
 class _Tower:
     """State of one tower; lives on the module.
 
     Attributes:
-        times: how often images repeat in the running call of the composite, by thread.
-        calls: those of the tower that are running, by thread.
-        dims: of each tensor of the output, the one that grows with the input; None until learnt.
-        form: of that output.
-        fits: whether its output repeats as its input does, as far as is known.
+        times: how often images repeat in the latest call of one of them.
+        learnt: how outputs grow, by kind of call; None where they do not repeat.
+        calls: those that are running, by thread.
     """
 
-    def __init__(self) -> None:
-        self.times: dict[int, int] = {}
+    def __init__(self, tower: nn.Module) -> None:
+        self.times = 1
+        self.learnt: dict[tuple[Any, ...], _Growth | None] = {}
         self.calls: dict[int, _Call] = {}
-        self.dims: list[int | None] | None = None
-        self.form = ""
-        self.fits = True
+        setattr(tower, _STATE, self)  # first: it is what undoes the rest
+        self._hooks: list[Any] = [tower.register_forward_pre_hook(take_first, with_kwargs=True)]
+        # Before those of the user, which are for all images.
+        options = {"with_kwargs": True, "always_call": True, "prepend": True}
+        self._hooks.append(tower.register_forward_hook(repeat_output, **options))
 
-    def learn(self, call: _Call, output: Any) -> None:
-        parts, part_spec = tree_flatten(call.part)
-        wholes, spec = tree_flatten(output)
-        dims = [_growing(*pair, call.times) for pair in zip(parts, wholes, strict=False)]
-        self.fits = part_spec == spec and all(
-            _alike(part, whole, dim, call.times)
-            for part, whole, dim in zip(parts, wholes, dims, strict=True)
-        )
-        self.dims, self.form = dims, str(spec)
-        if not self.fits:
-            logger.info("a tower runs on all images: what it made of the first alone differs")
+    def remove(self, tower: nn.Module) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        delattr(tower, _STATE)
 
 
 @untraced
-def take_part(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-    """Forward pre-hook of a tower: of inputs that repeat, the first."""
-    state: _Tower = tower.__dict__[_STATE]
-    times = state.times.get(get_ident(), 1)
-    part = _first_of((args, kwargs), times) if times > 1 and state.fits else None
-    if part is None:
+def take_first(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Forward pre-hook of a tower: of images that repeat, the first."""
+    state: _Tower | None = tower.__dict__.get(_STATE)
+    if state is None:
         return None
-    call = _Call(times, (args, kwargs))
-    if state.dims is None:
-        call.part = _tried(tower, part)
-        state.fits = call.part is not None
-    if state.fits:
-        state.calls[get_ident()] = call
-    return None if state.dims is None else part
-
-
-def _tried(tower: nn.Module, part: Arguments) -> Any:
-    """What a tower returns for the first of its inputs, without gradients; None if nothing."""
-    # Sharded layers gather their weights in each call, and all processes have to make the same.
-    if is_sharded(tower):
+    state.calls.pop(get_ident(), None)  # one that was broken off
+    times, whole = state.times, (args, kwargs)
+    first = _first_of(whole, times) if times > 1 else None
+    if first is None:
         return None
-    args, kwargs = part
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # Of reentrant checkpoints, without gradients.
-            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-            return tower.forward(*args, **kwargs)
-    except Exception as error:  # whatever a tower raises on other inputs than it was called with
-        logger.info("%s is not shared: %s", type(tower).__name__, error)
+    kind = _kind(tower, first)
+    if kind not in state.learnt:
+        state.learnt[kind] = _learn(tower, first, whole, times)
+    growth = state.learnt[kind]
+    if growth is None:
         return None
+    state.calls[get_ident()] = _Call(times, growth, whole)
+    return first
 
 
 @untraced
-def repeat(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a tower: what it returned of the first, as often as its inputs repeat."""
-    state: _Tower = tower.__dict__[_STATE]
-    call = state.calls.pop(get_ident(), None)
-    if call is None or output is None:  # nothing repeats, or it raised
+def repeat_output(
+    tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Forward hook of a tower: what it made of the first images, as often as these repeat."""
+    state: _Tower | None = tower.__dict__.get(_STATE)
+    call = None if state is None else state.calls.pop(get_ident(), None)
+    if call is None or output is None:  # it ran on all, or raised
         return None
-    if call.part is not None:
-        state.learn(call, output)
-        return None
-    leaves, spec = tree_flatten(output)
-    dims = state.dims
-    if dims is None or str(spec) != state.form:  # other options than in the call learnt from
-        state.dims = None
-        return tower.forward(*call.whole[0], **call.whole[1])
-    repeated = (
-        x if dim is None else torch.cat([x] * call.times, dim)
-        for x, dim in zip(leaves, dims, strict=True)
-    )
-    return tree_unflatten(list(repeated), spec)
+    repeated = call.growth.repeat(output, call.times)
+    return tower.forward(*call.whole[0], **call.whole[1]) if repeated is None else repeated
 
 
 def _first_of(arguments: Arguments, times: int) -> Arguments | None:
@@ -162,35 +203,46 @@ def _first_of(arguments: Arguments, times: int) -> Arguments | None:
     args, kwargs = arguments
     # Some composites hand on all that they were called with.
     values = (*args, *(x for name, x in kwargs.items() if name != CALL))
+    entries = [x for x in values if has_entries(x)]
     if not all(isinstance(x, (Tensor, *_OPTIONS)) for x in values):
         return None
-    if not all(repeats(x, times) for x in values if _has_entries(x)):
+    if not entries or not all(len(x) and repeats(x, times) for x in entries):
         return None
 
     def first(x: Any) -> Any:
-        return x[: len(x) // times] if _has_entries(x) else x
+        return x[: len(x) // times] if has_entries(x) else x
 
     return tuple(map(first, args)), {name: first(x) for name, x in kwargs.items()}
 
 
-def _has_entries(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim > 0
+def _kind(tower: nn.Module, arguments: Arguments) -> tuple[Any, ...]:
+    """What the form of an output may depend on."""
+    args, kwargs = arguments
+    named = [*enumerate(args), *kwargs.items()]
+    options = ((name, x.ndim if isinstance(x, Tensor) else x) for name, x in named if name != CALL)
+    return (tower.training, *options)
 
 
-def _growing(part: Any, whole: Any, times: int) -> int | None:
-    """The dimension that is so many times as long in the whole; None if there is none."""
-    if not isinstance(part, Tensor) or not isinstance(whole, Tensor) or part.ndim != whole.ndim:
+def _learn(tower: nn.Module, first: Arguments, whole: Arguments, times: int) -> _Growth | None:
+    """Run a tower on the first images and on all, in evaluation mode and without gradients."""
+    name = type(tower).__name__
+    # Sharded layers gather their weights in each call, and all processes have to make the same.
+    if is_sharded(tower) or any(map(_takes_statistics, tower.modules())):
+        logger.info("%s runs on all images: its weights are sharded, or it learns means", name)
         return None
-    longer = (dim for dim in range(part.ndim) if whole.shape[dim] == part.shape[dim] * times > 0)
-    return next(longer, None)
+    try:
+        with torch.no_grad(), evaluating(tower):
+            part, all_ = (tower.forward(*args, **kwargs) for args, kwargs in (first, whole))
+        growth = _Growth.of(part, all_, times)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a tower makes of other inputs than it was called with
+        logger.info("%s runs on all images: %s: %s", name, type(error).__name__, error)
+        return None
+    if growth is None:
+        logger.info("%s runs on all images: it makes others of them than of the first alone", name)
+    return growth
 
 
-def _alike(part: Any, whole: Any, dim: int | None, times: int) -> bool:
-    """Whether the whole is so many times the part, but for rounding."""
-    if dim is None:
-        return part is whole is None
-    repeated = torch.cat([part] * times, dim)
-    if repeated.shape != whole.shape:
-        return False
-    size, error = (x.float().norm() for x in (whole.detach(), repeated - whole.detach()))
-    return bool(error <= size * ROUNDING)
+def _takes_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.training and module.track_running_stats

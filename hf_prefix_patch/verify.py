@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from hf_prefix_patch.backends.base import Backend
 from hf_prefix_patch.composite import decoder_of
 from hf_prefix_patch.features import has_experts, is_bitsandbytes
 from hf_prefix_patch.hooks import BackbonePatch, patch_of
+from hf_prefix_patch.modes import evaluating, uncompiled
 from hf_prefix_patch.selection import Seen
 from hf_prefix_patch.sharded import whole_weights
 from hf_prefix_patch.stats import SharingStats
@@ -249,32 +249,6 @@ def _shared_hidden(calls: _Calls, patch: BackbonePatch, ids: Tensor, mask: Tenso
                 "mask themselves; run it unpatched."
             ) from error
     return shared
-
-
-@contextmanager
-def evaluating(called: nn.Module) -> Iterator[None]:
-    """Evaluation mode; training flags and the state of dynamic rotary embeddings come back."""
-    with ExitStack() as restore:  # each for itself, whatever interrupts it
-        for module in called.modules():
-            if hasattr(module, "max_seq_len_cached"):
-                restore.callback(module._buffers.update, dict(module._buffers))
-                restore.callback(module.__dict__.update, dict(module.__dict__))
-        for module in called.modules():  # not by train(), which wrappers may make more of
-            restore.callback(setattr, module, "training", module.training)
-            # On some CPUs a 4-bit layer that is called in evaluation mode repacks its weights for
-            # good, with a loss and for inference only. The mode changes nothing else in such a one.
-            module.training = is_bitsandbytes(module)
-        yield
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Compiled code runs as it was written: what is compiled for this batch would serve no other"""
-    if "torch._dynamo" not in sys.modules:
-        yield
-    else:  # in force once made, before it is entered: Ctrl-C must find nothing in between
-        with torch.compiler.set_stance("force_eager"):
-            yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from batches import preference_batch
 from composites import tiny_composite
 from families import sizes, tiny_model
 from peft import LoraConfig, PolyConfig, PromptTuningConfig, get_peft_model
-from tiny_trl import build_trainer, save_tiny_model, tiny_tokenizer
+from tiny_trl import build_trainer, save_tiny_model, tiny_processor, tiny_tokenizer
 from tiny_types import tiny_model_of
 from torch import nn
 
@@ -160,6 +160,7 @@ NAMES: dict[str, Callable[[], Any]] = {
     "with_alora": lambda: _with_adapter(
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])
     ),
+    "gemma3": lambda: tiny_composite("gemma3"),
     "vision_language": lambda: tiny_composite("qwen2.5-vl"),
     "classifier": lambda: transformers.LlamaForSequenceClassification(tiny_model().config),
     "gpt2": lambda: tiny_model_of("gpt2", n_positions=24),
@@ -175,6 +176,7 @@ NAMES: dict[str, Callable[[], Any]] = {
     "tree": lambda: hf_prefix_patch.PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]]),
     # Data.
     "tokenizer": tiny_tokenizer,
+    "processor": tiny_processor,
     "tokenizer_without_eos": lambda: _tokenizer(eos_token=None),
     "write": lambda: _write,
     "model_folder": _model_folder,

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from batches import LayerTokens
+from composites import tiny_composite
 from families import FAMILIES, sizes, tiny_model
 from peft import get_peft_model
 from test_verify import forgetful_plan, leaking_plan
@@ -302,6 +303,9 @@ def test_bad_batches():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             compare_sharing(model, batch | changes)
+    model, pixels = tiny_composite("llava"), torch.zeros(4, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"holds \['pixel_values'\], but rows are compared by"):
+        compare_sharing(model, batch | {"pixel_values": pixels})
     del batch["completion_mask"]
     with pytest.raises(ValueError, match="but no completion_mask; make it by"):
         compare_sharing(model, batch)

@@ -59,7 +59,7 @@ def test_logps_and_gradients_of_text_equal_the_unpatched_model(family, padding, 
 def test_inputs_of_other_modalities_that_are_no_tensors():
     inputs = {**text_batch().inputs, "mm_encoder_outputs": {"image": None}}
     reason = bypass_reason(tiny_composite("qwen2.5-vl").model, inputs)
-    assert reason == "input 'mm_encoder_outputs'"
+    assert reason == "input 'mm_encoder_outputs' beside the text"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,20 @@ def test_what_a_composite_hands_its_decoder_is_looked_at(reason):
         got = run(model, batch)
     assert torch.equal(got[0], want[0])
     assert (sharing.stats.calls, sharing.stats.bypassed) == (0, {reason: 1})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_composites_take_planned_rows():
+    model, batch = tiny_composite("llava"), text_batch()
+    want = model(**batch.inputs).logits
+    rows = DataCollatorWithPrefixSharing.wrap(lambda _: dict(batch.inputs))([{}] * 4)
+    with enable_prefix_sharing(model) as sharing:
+        got = torch.compile(model, backend="aot_eager")(**rows, use_cache=False).logits
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-4)
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (1, {})
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -10,13 +10,13 @@ from batches import LayerTokens, assert_same_run, pad_rows, run
 from composites import COMPOSITES, IMAGE, image_batch, tiny_composite
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig, get_peft_model
-from tiny_trl import WORDS, assert_same_log, tiny_tokenizer
+from tiny_trl import WORDS, assert_same_log, tiny_processor
 from trl import DPOConfig, DPOTrainer
 
 import hf_prefix_patch
 from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
 from hf_prefix_patch.composite import decoder_of
-from hf_prefix_patch.media import media_of, repetitions, told_apart
+from hf_prefix_patch.media import Shown, media_of
 
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 FAMILIES = [name for name in COMPOSITES if name not in ("gemma3", "mllama")]
@@ -57,10 +57,11 @@ PICTURES = {
     # Pictures of each row, and the tokens that are left of prompts of 9 (3 without a picture).
     "two pairs, as trainers lay them out": ([(0,), (1,), (0,), (1,)], 9 + 9),
     "pairs of one image": ([(0,), (0,), (0,), (0,)], 9),
-    "pairs of one image of three, apart": ([(0,), (0,), (1,), (0,), (0,), (1,)], 9 + 9 + 9),
+    "pairs of one image, and another": ([(0,), (0,), (1,), (0,), (0,), (1,)], 9 + 9),
     "another image in every row": ([(0,), (1,)], 9 + 9),
-    "another image in one row": ([(0,), (1,), (0,), (2,)], 4 * 9),
-    "chosen beside rejected": ([(0,), (0,), (1,), (1,)], 4 * 9),
+    "another image in one row": ([(0,), (1,), (0,), (2,)], 3 * 9),
+    "chosen beside rejected": ([(0,), (0,), (1,), (1,)], 2 * 9),
+    "completions of two prompts, shuffled": ([(0,), (1,), (1,), (0,), (1,), (0,)], 2 * 9),
     "two images": ([(0, 1), (0, 1)], 15),
     "the same two in another order": ([(0, 1), (1, 0)], 15 + 15),
     "more images in one of the rows": ([(0,), (1, 0, 1)], 9 + 21),
@@ -152,19 +153,21 @@ def test_towers_that_make_of_one_image_what_they_like():
     batch, media = image_batch("llava")
     scale_second(model, 1.2)
     want = run(model, batch, **media)
-    bypass = pytest.warns(UserWarning, match=r"bypassed: input 'inputs_embeds' that differs.*drop")
+    bypass = pytest.warns(UserWarning, match=r"bypassed: features 'inputs_embeds' that .*dropout")
     with enable_prefix_sharing(model) as sharing, bypass:
         got = run(model, batch, **media)
     assert torch.equal(got[0], want[0])
     assert sharing.stats.calls == 0
 
 
-def test_rounding_of_towers_is_none_of_that():
-    """One unit in the last place of the type that autocast computes in."""
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_rounding_of_towers_is_none_of_that(computed_in):
+    """A unit in the last place, of what autocast computes in if it is on."""
     model = tiny_composite("llava")
     batch, media = image_batch("llava")
-    scale_second(model, 1 + torch.finfo(torch.bfloat16).eps)
-    with torch.no_grad(), enable_prefix_sharing(model) as sharing:
+    scale_second(model, 1 + torch.finfo(computed_in).eps)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=computed_in == torch.bfloat16)
+    with torch.no_grad(), enable_prefix_sharing(model) as sharing, autocast:
         model(**batch.inputs, **media)
     assert sharing.stats.packed_tokens == 14
 
@@ -188,7 +191,7 @@ def test_packed_rows_have_no_images():
 
 BYPASSED = {
     "gemma3": "a mask that is not causal attention to real tokens",
-    "mllama": "input 'cross_attention_mask'",
+    "mllama": "input 'cross_attention_mask' beside the text",
 }
 
 
@@ -209,35 +212,84 @@ def test_images_that_decoders_see_in_other_ways(family):
     assert all(torch.equal(got[1][name], gradient) for name, gradient in want[1].items())
 
 
+def test_images_that_never_repeat():
+    """Said with what images have to do, after some batches."""
+    model = tiny_composite("llava")
+    batch, media = image_batch("llava", (0,), (1,))
+    said = pytest.warns(UserWarning, match=r"shared no token.* images must repeat as preference")
+    with enable_prefix_sharing(model), said:
+        for _ in range(8):
+            model(**batch.inputs, **media)
+
+
 def test_what_is_taken_for_media():
     model = tiny_composite("qwen2.5-vl").model
     batch, media = image_batch("qwen2.5-vl")
     others = {"mm_encoder_outputs": {}, "pixel_values_videos": [torch.ones(2)], "unknown": media}
     others["video_grid_thw"] = torch.tensor(1)
     inputs = {**batch.inputs, **media, **others, "labels": batch.input_ids}
-    assert media_of(model, model.language_model, inputs) == {"pixel_values", "image_grid_thw"}
-    assert media_of(model.language_model, model.language_model, inputs) == set()
+    assert media_of(model, model.language_model, inputs) == ["image_grid_thw", "pixel_values"]
+    assert media_of(model.language_model, model.language_model, inputs) == []
 
 
 def test_how_often_images_repeat():
-    """Three entries are no two halves, padding and ends of rows are no placeholders."""
-    names = {"image_token_id": 9, "pad_token_id": 0, "eos_token_id": 2, "hidden_size": 5}
+    """Three entries are no two halves, and ids of text are no placeholders."""
+    names = {"image_token_id": 9, "pad_token_id": 0, "eos_token_id": 2, "user_token_id": 7}
     config = transformers.PretrainedConfig(**names)
     ids = torch.tensor([[5, 9, 6, 7, 2], [5, 9, 6, 2, 0]])
     alike, third = torch.ones(2, 3), torch.ones(3, 3)
-    assert repetitions(config, ids, [alike]) == 2
+    assert Shown.of(config, ids, [alike]).times == 2
     for media in ([third], [alike, third], [torch.eye(2)], [alike, torch.arange(2)]):
-        assert repetitions(config, ids, media) == 1
+        shown = Shown.of(config, ids, media)
+        assert (shown.times, shown.numbers.tolist()) == (1, [0, 1])
     more = torch.tensor([[5, 9, 6, 7, 2], [5, 9, 9, 2, 0]])
-    assert repetitions(config, more, [alike]) == 1
-    assert repetitions(config, ids.to("meta"), [alike]) == 1
+    assert Shown.of(config, more, [alike]).numbers.tolist() == [0, 1]
+    for nothing in (ids.to("meta"), ids[:0], ids[:, :0]):
+        shown = Shown.of(config, nothing, [])
+        assert (shown.times, len(shown.numbers)) == (1, len(nothing))
+        assert shown.tell_apart(nothing).shape == nothing.shape
+
+
+def test_rows_with_equal_parts_of_the_images():
+    """In any order, if all have as many placeholders; else only where all of it repeats."""
+    config = transformers.PretrainedConfig(image_token_id=9)
+    ids = torch.tensor([[9, 9, 5], [9, 9, 6], [9, 9, 7], [9, 9, 8]])
+    entries = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0], [torch.nan, 0.0]])
+    shown = Shown.of(config, ids, [entries, torch.ones(4, 3, dtype=torch.long)])
+    assert (shown.times, shown.numbers.tolist()) == (1, [0, 1, 0, 3])
+    assert Shown.of(config, ids, [entries[:, None].expand(4, 2, 2)]).numbers.tolist() == [
+        0,
+        1,
+        0,
+        3,
+    ]
+    ids[1] = ids[3] = 9
+    assert Shown.of(config, ids, [entries]).numbers.tolist() == [0, 1, 2, 3]
+    shown = Shown.of(config, ids, [entries[[0, 1, 0, 1]]])
+    assert (shown.times, shown.numbers.tolist()) == (2, [0, 1, 0, 1])
 
 
 def test_ids_of_rows_with_other_images():
     ids = torch.tensor([[5, 9], [5, 9], [5, 8], [6, 7]])
-    assert told_apart(ids, 4).equal(ids)
-    assert told_apart(ids, 2).tolist() == [[5, 9], [15, 19], [5, 8], [16, 17]]
-    assert len(told_apart(ids, 1).unique()) == 8
+    assert Shown(torch.zeros(4, dtype=torch.long)).tell_apart(ids).equal(ids)
+    told = Shown(torch.tensor([0, 1, 0, 1])).tell_apart(ids)
+    assert told.tolist() == [[5, 9], [15, 19], [5, 8], [16, 17]]
+
+
+def test_gradients_of_images():
+    """Each row wants one of its own, so their prompts are not shared, only their padding."""
+    model = tiny_composite("llava")
+    batch, media = image_batch("llava")
+    gradients = []
+    for shared in (False, True):
+        pixels = media["pixel_values"].clone().requires_grad_()
+        if shared:
+            sharing = enable_prefix_sharing(model)
+        run(model, batch, pixel_values=pixels)
+        gradients.append(pixels.grad)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    assert (gradients[0].flatten(1).norm(dim=1) > 0).all()
+    assert sharing.stats.packed_tokens == batch.attention_mask.sum()
 
 
 def test_placeholders_that_no_config_names(monkeypatch):
@@ -245,7 +297,7 @@ def test_placeholders_that_no_config_names(monkeypatch):
     batch, media = image_batch("llava")
     want = run(model, batch, **media)
     monkeypatch.setattr(hf_prefix_patch.media, "_placeholders", lambda config: set())
-    bypass = pytest.warns(UserWarning, match="bypassed: input 'pixel_values'")
+    bypass = pytest.warns(UserWarning, match="bypassed: input 'pixel_values' beside the text")
     with enable_prefix_sharing(model) as sharing, bypass:
         assert torch.equal(run(model, batch, **media)[0], want[0])
     assert sharing.stats.calls == 0
@@ -278,29 +330,6 @@ def test_completion_logps_of_rows_with_images():
     assert sharing.stats.packed_tokens == 9 + 9 + 10
 
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {% for part in m['content'] %}"
-    "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}<eos> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
-
-
-def tiny_processor():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return transformers.LlavaProcessor(
-        transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(
-            size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}
-        ),
-        tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=TEMPLATE,
-    )
-
-
 def pairs_with_pictures():
     generator, noise = random.Random(0), torch.Generator().manual_seed(0)
 
@@ -324,36 +353,46 @@ def pairs_with_pictures():
     return Dataset.from_list(rows, features=Features({"images": List(Image()), **features}))
 
 
+def dpo_trainer(folder):
+    processor = tiny_processor()
+    vocabulary = len(processor.tokenizer)
+    model = tiny_composite("llava", vocab_size=vocabulary, max_position_embeddings=128)
+    model.config.image_token_index = processor.image_token_id
+    model.save_pretrained(folder / "model")
+    model = type(model).from_pretrained(folder / "model", dtype=torch.float32)
+    return DPOTrainer(
+        model,
+        args=DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=2,
+            num_train_epochs=1,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            max_length=None,
+        ),
+        processing_class=processor,
+        train_dataset=pairs_with_pictures(),
+    )
+
+
 def test_dpo_of_trl_with_images(tmp_path):
     """A vision-language model and its reference, the same log."""
-    processor, logs = tiny_processor(), []
-    vocabulary = len(processor.tokenizer)
-    base = tiny_composite("llava", vocab_size=vocabulary, max_position_embeddings=128)
-    base.config.image_token_index = processor.image_token_id
-    base.save_pretrained(tmp_path / "model")
-    for shared in (False, True):
-        model = type(base).from_pretrained(tmp_path / "model", dtype=torch.float32)
-        trainer = DPOTrainer(
-            model,
-            args=DPOConfig(
-                output_dir=tmp_path,
-                per_device_train_batch_size=2,
-                num_train_epochs=1,
-                learning_rate=1e-3,
-                logging_steps=1,
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
-                max_length=None,
-            ),
-            processing_class=processor,
-            train_dataset=pairs_with_pictures(),
-        )
-        if shared:
-            handle = enable_prefix_sharing(trainer)
-        trainer.train()
-        logs.append(trainer.state.log_history)
-    assert_same_log(logs[1], logs[0])
-    assert (handle.stats.calls, handle.stats.bypassed) == (8, {})
-    assert handle.stats.sharing_ratio > 1.4
-    handle.remove()
+    plain, shared = dpo_trainer(tmp_path), dpo_trainer(tmp_path)
+    plain.train()
+    with enable_prefix_sharing(shared) as sharing:
+        shared.train()
+    assert_same_log(shared.state.log_history, plain.state.log_history)
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (8, {})
+    assert sharing.stats.sharing_ratio > 1.4
+
+
+def test_a_token_budget_is_for_text(tmp_path):
+    trainer = dpo_trainer(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"counts the tokens of text, and .*\['images'\]; leave it out"
+    ):
+        enable_prefix_sharing(trainer, max_tokens_per_batch=512)
+    assert "compute_loss" not in vars(trainer)

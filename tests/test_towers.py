@@ -1,9 +1,13 @@
 """Towers run once on images that a batch holds several times."""
 
 import copy
+import gc
 import pickle
+import weakref
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import Thread
+from functools import partial
+from threading import Barrier, Thread
 
 import pytest
 import torch
@@ -11,12 +15,13 @@ from batches import assert_same_run, run
 from composites import image_batch, tiny_composite
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._pytree import tree_flatten
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_prefix_patch import enable_prefix_sharing
-from hf_prefix_patch.towers import Towers, repeat
+from hf_prefix_patch import disable_prefix_sharing, enable_prefix_sharing
+from hf_prefix_patch.towers import expect, repeat_output, take_first, unhook_towers
 
 FAMILIES = {
     # Where the tower is, and entries of one image in its first argument.
@@ -37,16 +42,17 @@ def tower_of(model, family):
 
 
 class Entries:
-    """Images that a tower was run on, a number a call."""
+    """Images that a tower ran on, a number a run."""
 
     def __init__(self, tower, entries=1):
         self.seen = []
-        self._entries = entries
-        tower.register_forward_pre_hook(self._note, with_kwargs=True)
+        self._entries, self._forward = entries, tower.forward
+        tower.forward = self._run
 
-    def _note(self, module, args, kwargs):
+    def _run(self, *args, **kwargs):
         first = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
         self.seen.append(len(first) // self._entries)
+        return self._forward(*args, **kwargs)
 
 
 @pytest.mark.parametrize("mode", [None, False, True])
@@ -64,7 +70,7 @@ def test_a_tower_runs_on_one_of_two_images(family, mode):
         entries = Entries(tower_of(model, family), FAMILIES[family][1])
         for _ in range(3):
             assert_same_run(run(model, batch, **media), want, of_model=True)
-    assert entries.seen == [2, 1, 1]  # from the first call it is learnt how
+    assert entries.seen == [1, 2, 1, 1, 1]  # a trial on the first and on all
 
 
 def test_two_pairs():
@@ -79,7 +85,7 @@ def test_two_pairs():
             assert_same_run(run(model, batch, **media), want[0], of_model=True)
         assert_same_run(run(model, alike, **same), want[1], of_model=True)
         assert_same_run(run(model, apart, **other), want[2], of_model=True)
-    assert entries.seen == [6, 3, 1, 4]
+    assert entries.seen == [3, 6, 3, 3, 1, 4]
 
 
 def test_adapters():
@@ -102,12 +108,11 @@ def test_bypassed_calls_leave_towers_alone():
     batch, media = image_batch("llava")
     want = model(**batch.inputs, **media, use_cache=True).logits
     with enable_prefix_sharing(model, on_bypass="ignore") as sharing:
-        for _ in range(2):
-            run(model, batch, **media)
+        run(model, batch, **media)
         entries = Entries(model.model.vision_tower)
         assert torch.equal(model(**batch.inputs, **media, use_cache=True).logits, want)
         model.get_image_features(**media)
-        assert (entries.seen, sharing.stats.calls) == ([2, 2], 2)
+        assert (entries.seen, sharing.stats.calls) == ([2, 2], 1)
 
 
 def test_copies_and_removal():
@@ -118,32 +123,143 @@ def test_copies_and_removal():
     want = run(model, batch, **media)
     for other in (copy.deepcopy(model), pickle.loads(stored)):
         entries = Entries(other.model.vision_tower)
-        for _ in range(2):
-            assert_same_run(run(other, batch, **media), want, of_model=True)
+        assert_same_run(run(other, batch, **media), want, of_model=True)
         assert entries.seen[-1] == 1
+        disable_prefix_sharing(other)
+        assert_comes_off(other)
     sharing.remove()
-    assert not model.model.vision_tower._forward_pre_hooks
-    assert repeat not in model.model.vision_tower._forward_hooks.values()
-    assert not any("prefix_sharing" in name for m in model.modules() for name in m.__dict__)
+    assert_comes_off(model)
     want = run(tiny_composite("llava"), batch, **media)
     assert torch.equal(run(model, batch, **media)[0], want[0])
 
 
+def assert_comes_off(model):
+    tower = model.model.vision_tower
+    assert take_first not in tower._forward_pre_hooks.values()
+    assert repeat_output not in tower._forward_hooks.values()
+    assert not any("prefix_sharing" in name for m in model.modules() for name in m.__dict__)
+
+
+def test_a_handle_keeps_no_tower_alive():
+    model = tiny_composite("llava")
+    sharing, tower = enable_prefix_sharing(model), weakref.ref(model.model.vision_tower)
+    del model
+    gc.collect()
+    assert tower() is None
+    assert sharing.stats.calls == 0
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_tower_of_two_models(order):
+    """A reference model that has the policy's: either may let go of it first."""
+    models = [tiny_composite("llava"), tiny_composite("llava")]
+    models[1].model.vision_tower = models[0].model.vision_tower
+    batch, media = image_batch("llava")
+    want = run(models[0], batch, **media)
+    handles = [enable_prefix_sharing(model) for model in models]
+    entries = Entries(models[0].model.vision_tower)
+    for model in models:
+        assert_same_run(run(model, batch, **media), want, of_model=True)
+    assert entries.seen == [1, 2, 1, 1]  # with a trial on the first and on all
+    handles[order].remove()
+    assert_same_run(run(models[1 - order], batch, **media), want, of_model=True)
+    assert entries.seen[4:] == [1, 2, 1]
+    handles[1 - order].remove()
+    for model in models:
+        assert_comes_off(model)
+
+
+def test_towers_that_are_exchanged_or_wrapped():
+    """After enabling: by another, or by PEFT, which makes a copy."""
+    model, other = tiny_composite("llava"), tiny_composite("llava")
+    batch, media = image_batch("llava")
+    want = run(model, batch, **media)
+    sharing = enable_prefix_sharing(model)
+    assert_same_run(run(model, batch, **media), want, of_model=True)
+    model.model.vision_tower = other.model.vision_tower
+    entries = Entries(model.model.vision_tower)
+    assert_same_run(run(model, batch, **media), want, of_model=True)
+    assert entries.seen == [1, 2, 1]  # with a trial on the first and on all
+    in_decoder = r".*language_model.*q_proj"
+    config = LoraConfig(target_modules=in_decoder, modules_to_save=["vision_tower"])
+    wrapped = get_peft_model(model, config)
+    trained = model.model.vision_tower.modules_to_save["default"]
+    entries = Entries(trained)
+    run(wrapped, batch, **media)
+    assert entries.seen[-1] == 1
+    sharing.remove()
+    assert not any("prefix_sharing" in name for m in wrapped.modules() for name in m.__dict__)
+    assert take_first not in trained._forward_pre_hooks.values()
+
+
 def test_dropout_in_a_tower():
-    """Draws another mask for either image: nothing is learnt, and rows differ."""
+    """One mask for both images, as for a prompt in the decoder."""
     model = tiny_composite("llava")
     batch, media = image_batch("llava")
-    model.model.vision_tower.config.attention_dropout = 0.5
     for module in model.model.vision_tower.modules():
         if hasattr(module, "dropout"):
             module.dropout = 0.5
-    bypass = pytest.warns(UserWarning, match=r"input 'inputs_embeds' that differs.*dropout")
-    with enable_prefix_sharing(model, verify=False) as sharing, bypass:
+    with enable_prefix_sharing(model, verify=False) as sharing:
         entries = Entries(model.model.vision_tower)
         for _ in range(2):
             run(model, batch, **media)
-    assert entries.seen == [2, 2]
-    assert sharing.stats.calls == 0
+        once, again = (run(model, batch, **media)[0] for _ in range(2))
+    assert entries.seen == [1, 2, 1, 1, 1, 1]
+    assert sharing.stats.calls == 4
+    assert not torch.equal(once, again)
+
+
+def test_random_numbers_are_drawn_as_ever():
+    """By a bypassed call, after a trial."""
+    model = tiny_composite("gemma3")
+    batch, media = image_batch("gemma3")
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        run(model, batch, **media)
+        drawn.append(torch.rand(1))
+        enable_prefix_sharing(model, on_bypass="ignore")
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("around", ["model", "tower"])
+def test_checkpoints_around_a_tower(around):
+    """It runs again in backward, on what it ran on before."""
+    model = called = tiny_composite("llava")
+    batch, media = image_batch("llava")
+    want = run(model, batch, **media)
+    enable_prefix_sharing(model)
+    if around == "model":
+        called = checkpoint_wrapper(model)
+    else:
+        model.model.vision_tower = checkpoint_wrapper(model.model.vision_tower)
+    for _ in range(2):
+        logps, found = run(called, batch, **media)
+        found = {name.replace("_checkpoint_wrapped_module.", ""): x for name, x in found.items()}
+        assert_same_run((logps, found), want, of_model=True)
+
+
+def test_means_that_a_tower_learns():
+    """A part of the images has other means than all of them."""
+    model = tiny_composite("llava")
+    norm = nn.BatchNorm1d(16)
+    model.model.vision_tower.encoder.layers[0].mlp.fc2.register_forward_hook(
+        lambda module, args, out: norm(out.flatten(0, 1)).view_as(out)
+    )
+    model.model.vision_tower.norm = norm
+    batch, media = image_batch("llava")
+    twin = copy.deepcopy(norm.state_dict())
+    want = run(model, batch, **media)
+    means = norm.running_var.clone()
+    norm.load_state_dict(twin)
+    with enable_prefix_sharing(model):
+        norm.load_state_dict(twin)
+        entries = Entries(model.model.vision_tower)
+        assert_same_run(run(model, batch, **media), want, of_model=True)
+        assert torch.equal(norm.running_var, means)
+        model.eval()
+        run(model, batch, **media, use_cache=False)
+    assert entries.seen == [2, 1, 2, 1]
 
 
 # What a tower may return
@@ -177,21 +293,36 @@ class Around(nn.Module):
 
 
 def called(function, *, inputs=None, calls=3, times=2, **options):
-    """What a tower returned in each call, and the images that each saw; all calls in the library's
-    hands, after one that is not."""
+    """What a tower returned in each call, and the images that each of its runs was for; all calls
+    in the library's hands, after one that is not."""
     eye = Eye(function)
     pixels = torch.arange(6.0).view(2, 3).repeat(2, 1) if inputs is None else inputs
     want = eye(pixels, **options)
     eye.seen.clear()
-    towers = Towers(Around(eye), nn.Linear(1, 1))
-    towers.expect(times)
-    got = [eye(pixels, **options) for _ in range(calls)]
-    towers.remove()
+    with hooked(eye, times):
+        got = [eye(pixels, **options) for _ in range(calls)]
+    assert not eye._forward_pre_hooks
+    assert not eye._forward_hooks
     return want, got, eye.seen
 
 
-def parts_of(output):
-    return [x for x in tree_flatten(output)[0] if x is not None]
+@contextmanager
+def hooked(eye, times=2):
+    around, decoder = Around(eye), nn.Linear(1, 1)
+    expect(around, decoder, times)
+    yield partial(expect, around, decoder)
+    unhook_towers(around)
+
+
+def assert_equal(ours, theirs):
+    leaves, spec = tree_flatten(ours)
+    others, wanted = tree_flatten(theirs)
+    assert spec == wanted
+    for x, y in zip(leaves, others, strict=True):
+        if y is None:
+            assert x is None
+        else:
+            assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
 
 
 FIT = {
@@ -199,43 +330,44 @@ FIT = {
     "a tuple": lambda x: (x, x[:, None].expand(-1, 5, -1)),
     "an output": lambda x: Output(features=x, others=(x + 1, None)),
     "one row of all": lambda x: x.flatten()[None],
-    "an option": lambda x, factor=1: x * factor,
+    "a mask": lambda x: (x, x > 2),
+    "rounding": lambda x: x * (1 + torch.arange(len(x))[:, None] * 1e-6),
 }
 
 
 @pytest.mark.parametrize("name", FIT)
 def test_outputs_that_repeat(name):
-    want, got, seen = called(FIT[name], **({"factor": 3} if name == "an option" else {}))
-    assert seen == [2, 4, 2, 2]  # the first is tried beside all
+    want, got, seen = called(FIT[name])
+    assert seen == [2, 4, 2, 2, 2]  # with a trial
     for output in got:
         assert type(output) is type(want)
-        for ours, theirs in zip(parts_of(output), parts_of(want), strict=True):
-            assert torch.equal(ours, theirs)
+        if name != "rounding":
+            assert_equal(output, want)
 
 
 UNFIT = {
     "images that see each other": lambda x: x - x.cumsum(0),
+    "an embedding of places": lambda x: x + 0.02 * torch.arange(len(x))[:, None],
     "a list of images": lambda x: list(x),
     "something of the batch": lambda x: (x, x.sum()),
     "a number of images": lambda x: (x, len(x)),
-    "chance": lambda x: x + torch.rand_like(x) * 9,
+    "a mask of places": lambda x: (x, torch.arange(len(x)) > 1),
 }
 
 
 @pytest.mark.parametrize("name", UNFIT)
 def test_outputs_that_do_not_repeat(name):
     want, got, seen = called(UNFIT[name])
-    assert seen == [2, 4, 4, 4]
-    if name != "chance":
-        for output in got:
-            for ours, theirs in zip(parts_of(output), parts_of(want), strict=True):
-                assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
+    assert seen == [2, 4, 4, 4, 4]
+    for output in got:
+        assert_equal(output, want)
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         {"inputs": torch.arange(12.0).view(4, 3)},
+        {"inputs": torch.zeros(0, 3)},
         {"times": 1},
         {"sizes": [[8, 8]] * 4},
         {"sizes": torch.arange(4)},
@@ -243,42 +375,39 @@ def test_outputs_that_do_not_repeat(name):
 )
 def test_inputs_that_do_not_repeat(arguments):
     _, _, seen = called(FIT["a tensor"], **arguments)
-    assert seen == [4, 4, 4]
+    assert seen == [len(arguments.get("inputs", range(4)))] * 3
 
 
-def test_other_outputs_than_the_one_that_was_learnt_from():
+def test_each_kind_of_call_has_its_trial():
+    """Options, ranks and modes, of which outputs may depend."""
     eye = Eye(lambda x, more=False: (x, x * 2) if more else (x,))
     pixels = torch.arange(3.0).repeat(2, 1)
-    towers = Towers(Around(eye), nn.Linear(1, 1))
-    towers.expect(2)
-    for more in (False, False, True, True, True):
-        output = eye(pixels, more=more)
-        assert [len(x) for x in output] == [2] * (1 + more)
-    # Tried beside all; shared; found to differ, and run on all; tried again; shared.
-    assert eye.seen == [1, 2, 1, 1, 2, 1, 2, 1]
+    with hooked(eye):
+        for more in (False, True, False, True):
+            assert_equal(eye(pixels, more=more), eye.function(pixels, more=more))
+        assert eye.seen == [1, 2, 1] * 2 + [1, 1]
+        eye.seen.clear()
+        eye.eval()
+        eye(pixels)
+        eye(pixels[:, None])
+        assert eye.seen == [1, 2, 1] * 2
 
 
-def test_towers_that_raise():
-    def function(x, fail=False):
-        if fail:
-            raise ValueError("no such image")
-        return x
-
-    eye = Eye(function)
+def test_outputs_of_another_form_than_in_the_trial():
+    """Of which no argument tells."""
+    state = {"more": False}
+    eye = Eye(lambda x: (x, x * 2) if state["more"] else (x,))
     pixels = torch.arange(3.0).repeat(2, 1)
-    towers = Towers(Around(eye), nn.Linear(1, 1))
-    towers.expect(2)
-    eye(pixels)
-    with pytest.raises(ValueError, match="no such image"):
-        eye(pixels, fail=True)
-    towers.expect(1)
-    eye.seen.clear()
-    assert len(eye(pixels)) == 2
-    assert eye.seen == [2]
+    with hooked(eye):
+        eye(pixels)
+        state["more"] = True
+        eye.seen.clear()
+        assert_equal(eye(pixels), (pixels, pixels * 2))
+        assert eye.seen == [1, 2]
 
 
 def test_towers_that_take_no_part_of_their_input():
-    """Those of the first call that raise, and those whose layers gather sharded weights."""
+    """Those that raise, and those whose layers gather sharded weights."""
 
     def function(x):
         if len(x) < 4:
@@ -287,26 +416,76 @@ def test_towers_that_take_no_part_of_their_input():
 
     want, got, seen = called(function)
     assert seen == [2, 4, 4, 4]
-    assert all(torch.equal(output, want) for output in got)
+    for output in got:
+        assert_equal(output, want)
     eye = Eye(lambda x: x)
     eye.weight = nn.Parameter(torch.ones(1))
     eye.weight.ds_id = 0  # as DeepSpeed marks them
-    pixels = torch.arange(3.0).repeat(2, 1)
-    towers = Towers(Around(eye), nn.Linear(1, 1))
-    towers.expect(2)
-    assert torch.equal(eye(pixels), pixels)
+    with hooked(eye):
+        eye(torch.arange(3.0).repeat(2, 1))
     assert eye.seen == [2]
 
 
-def test_threads_have_calls_of_their_own():
-    eye = Eye(lambda x: x)
+def test_a_trial_that_runs_out_of_memory():
+    def function(x):
+        raise torch.OutOfMemoryError("no more")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        called(function, calls=1)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_calls_that_are_broken_off(error):
+    """The next one is for images of its own."""
+
+    def function(x):
+        if state["fails"]:
+            raise error
+        return x
+
+    state, eye, pixels = {"fails": False}, Eye(function), torch.arange(3.0).repeat(2, 1)
+    with hooked(eye) as expected:
+        eye(pixels)
+        state["fails"] = True
+        with pytest.raises(error):
+            eye(pixels)
+        state["fails"] = False
+        other = torch.arange(6.0).view(2, 3)
+        assert_equal(eye(other), other)
+        with suppress(error):
+            state["fails"] = True
+            eye(pixels)
+        state["fails"] = False
+        expected(1)
+        assert_equal(eye(pixels), pixels)
+
+
+def test_threads():
+    """First calls at once, each with its trial, and what another thread's call is told."""
+    starts = Barrier(2)
+
+    def function(x):
+        if len(eye.seen) <= 2:
+            starts.wait(10)
+        return x * 2
+
+    eye, pixels, got = Eye(function), torch.arange(6.0).view(2, 3).repeat(2, 1), []
+    with hooked(eye):
+        threads = [Thread(target=lambda: got.append(eye(pixels))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(got) == 2
+    for output in got:
+        assert_equal(output, pixels * 2)
+
+
+def test_hooks_of_the_user_see_all_images():
+    eye, seen = Eye(lambda x: x), []
+    eye.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     pixels = torch.arange(3.0).repeat(2, 1)
-    towers = Towers(Around(eye), nn.Linear(1, 1))
-    towers.expect(2)
-    eye(pixels)
-    eye.seen.clear()
-    thread = Thread(target=eye, args=(pixels,))
-    thread.start()
-    thread.join()
-    eye(pixels)
-    assert eye.seen == [2, 1]
+    with hooked(eye):
+        eye.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+        eye(pixels)
+    assert seen == [2, 2]

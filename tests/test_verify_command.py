@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composites import tiny_composite
 from families import sizes, tiny_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_comparison import change_backend, detached_key
@@ -172,6 +173,20 @@ def test_reward_models(verified, tmp_path):
     assert code == EQUAL
     assert "scores of rejected, max" in out
     assert "equal: scores and gradients" in out
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3-vl-moe"])
+def test_vision_language_models(verified, tmp_path, family):
+    """On text: their configs need not have an id for padding."""
+    tiny_composite(family, vocab_size=64, max_position_embeddings=128).save_pretrained(tmp_path)
+    code, _, _ = verified(tmp_path, "--max-length", 48)
+    assert code == EQUAL
+    tiny_tokenizer().save_pretrained(tmp_path)
+    pair = {"prompt": "w1 w2 ", "chosen": "w3", "rejected": "w4 w5", "images": ["cat.png"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    code, _, error = verified(tmp_path, "--data", tmp_path / "pairs.jsonl")
+    assert code == BAD_INPUT
+    assert "line 1 has images, but only text becomes token ids here" in error
 
 
 def test_refused_models(verified, tmp_path):

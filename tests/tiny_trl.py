@@ -14,7 +14,13 @@ from families import tiny_model
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 from trl import DPOConfig, DPOTrainer
 
 from hf_prefix_patch import PrefixSharing, enable_prefix_sharing
@@ -48,6 +54,30 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         eos_token="<eos>",
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+PARTS_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {% for part in m['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}<eos> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def tiny_processor() -> ProcessorMixin:
+    """Of a tiny LLaVA: four tokens for an image of 8 by 8 pixels."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=PARTS_TEMPLATE,
     )
 
 

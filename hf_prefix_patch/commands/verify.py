@@ -124,7 +124,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         return _fail(BAD_INPUT, error)
     config = model.config.get_text_config()
     padding = next((x for x in (config.pad_token_id, config.eos_token_id) if _is_id(x)), 0)
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = padding  # classifiers look for the end of a row by it
     try:
         pairs = read or random_pairs(model.config, arguments.pairs, limit, arguments.seed)
