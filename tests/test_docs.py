@@ -16,13 +16,21 @@ from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 
+import PIL.Image
 import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from composites import COMPOSITES
+from composites import COMPOSITES, tiny_composite
 from families import FAMILIES, HYBRIDS
-from tiny_trl import build_trainer, load, preference_pairs, save_tiny_model, tiny_tokenizer
+from tiny_trl import (
+    build_trainer,
+    load,
+    preference_pairs,
+    save_tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.run import get_args_parser as torchrun_parser
 from torch.nn.parallel import DistributedDataParallel
@@ -138,6 +146,8 @@ def test_recipes_run(script, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, preference_pairs())))
     tiny_tokenizer().save_pretrained(save_tiny_model(tmp_path / "model"))
+    if "vision_model" in script:
+        save_vision_model(tmp_path)
     if "init_process_group" in script:
         request.getfixturevalue("launched")
     for large, small in SMALLER.items():
@@ -147,6 +157,19 @@ def test_recipes_run(script, tmp_path, monkeypatch, request):
     stats = names["sharing"].stats
     assert stats.sharing_ratio > 1.5
     assert set(stats.bypassed) <= ({"key/value cache"} if "GRPO" in script else set())
+
+
+def save_vision_model(folder):
+    """With its processor, and pairs with images beside it."""
+    processor = tiny_processor()
+    words = len(processor.tokenizer)
+    model = tiny_composite("llava", vocab_size=words, max_position_embeddings=128)
+    model.config.image_token_index = processor.image_token_id
+    for part in (model, processor):
+        part.save_pretrained(folder / "vision_model")
+    PIL.Image.new("RGB", (8, 8), "red").save(folder / "red.png")
+    pairs = [dict(pair, images=["red.png"]) for pair in preference_pairs()]
+    (folder / "pairs_with_images.jsonl").write_text("\n".join(map(json.dumps, pairs)))
 
 
 def commands(block):
