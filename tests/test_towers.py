@@ -85,6 +85,8 @@ def test_two_pairs():
             assert_same_run(run(model, batch, **media), want[0], of_model=True)
         assert_same_run(run(model, alike, **same), want[1], of_model=True)
         assert_same_run(run(model, apart, **other), want[2], of_model=True)
+        hooked = [m for m in model.modules() if take_first in m._forward_pre_hooks.values()]
+        assert hooked == [model.model.visual]  # and no part of it, nor the decoder
     assert entries.seen == [3, 6, 3, 3, 1, 4]
 
 
@@ -394,16 +396,21 @@ def test_each_kind_of_call_has_its_trial():
 
 
 def test_outputs_of_another_form_than_in_the_trial():
-    """Of which no argument tells."""
-    state = {"more": False}
-    eye = Eye(lambda x: (x, x * 2) if state["more"] else (x,))
+    """Of which no argument tells: more of them, or something in the place of nothing."""
     pixels = torch.arange(3.0).repeat(2, 1)
-    with hooked(eye):
-        eye(pixels)
-        state["more"] = True
-        eye.seen.clear()
-        assert_equal(eye(pixels), (pixels, pixels * 2))
-        assert eye.seen == [1, 2]
+    for first, then in (((1,), (1, 2)), ((1, None), (1, 2)), ((1, 2), (1, None))):
+        factors = [first]
+
+        def function(x, factors=factors):
+            return tuple(None if factor is None else x * factor for factor in factors[-1])
+
+        eye = Eye(function)
+        with hooked(eye):
+            eye(pixels)
+            factors.append(then)
+            eye.seen.clear()
+            assert_equal(eye(pixels), function(pixels))
+            assert eye.seen == [1, 2]
 
 
 def test_towers_that_take_no_part_of_their_input():
@@ -427,8 +434,12 @@ def test_towers_that_take_no_part_of_their_input():
 
 
 def test_a_trial_that_runs_out_of_memory():
+    """Says nothing of the tower."""
+
     def function(x):
-        raise torch.OutOfMemoryError("no more")
+        if len(x) < 4:
+            raise torch.OutOfMemoryError("no more")
+        return x
 
     with pytest.raises(torch.OutOfMemoryError):
         called(function, calls=1)
