@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from batches import LayerTokens, pad_rows, run
+from composites import image_batch, tiny_composite
 from families import NO_SDPA, tiny_model
 from test_parity import set_checkpointing
 
@@ -301,6 +302,32 @@ def test_one_trl_step(tmp_path, lora):
         losses[shared] = next(x["loss"] for x in trainer.state.log_history if "loss" in x)
     assert sharing.stats.calls >= 1
     assert abs(losses[True] - losses[False]) < 2e-2
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "llava", "smolvlm"])
+def test_images(family):
+    """In bf16, two calls, the first with a trial of the tower: log-probs and all gradients together
+    are off the fp32 truth by at most twice what the unpatched model is."""
+    batch, media = image_batch(family, (0,), (1,), (0,), (1,))
+    batch, media = on_cuda(batch), send_to_device(media, torch.device("cuda"))
+    model = tiny_composite(family).cuda()
+    truth = run(model, batch, **media)
+    model = model.bfloat16()
+    media["pixel_values"] = media["pixel_values"].bfloat16()
+    unpatched = run(model, batch, **media)
+    with enable_prefix_sharing(model) as sharing:
+        for _ in range(2):
+            shared = run(model, batch, **media)
+            for ours, theirs, exact in zip(*map(flat, (shared, unpatched, truth)), strict=True):
+                assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (2, {})
+    assert sharing.stats.packed_tokens == 2 * (9 + 9 + 10)
+
+
+def flat(results):
+    """Log-probs, and all gradients as one vector."""
+    logps, gradients = results
+    return logps.float(), torch.cat([x.flatten().float() for x in gradients.values()])
 
 
 def planned_batches(layout):
