@@ -142,7 +142,8 @@ def _bypass_reasons(
         if name not in known and x is not None and not passes_through(backbone, name, x):
             if config is backbone.config:
                 yield f"input {name!r}"
-            yield f"input {name!r} beside the text"
+            else:
+                yield f"input {name!r} beside the text"
     if not is_causal(config):
         yield "bidirectional attention"
     if not is_known_attention(config._attn_implementation):

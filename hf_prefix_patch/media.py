@@ -76,7 +76,7 @@ class Shown:
         divisors = (n for n in range(rows, 0, -1) if rows % n == 0)
         times = next(n for n in divisors if all(repeats(x, n) for x in (placeholders, *media)))
         if repeats(placeholders, rows) and all(len(x) % rows == 0 for x in media):
-            parts = [x.reshape(rows, -1) for x in media]
+            parts = [x.reshape(rows, x.numel() // rows) for x in media]
             return cls(torch.tensor(_first_alike(parts), device=ids.device), times)
         return cls(apart % (rows // times), times)
 
@@ -91,7 +91,8 @@ class Shown:
 def _first_alike(parts: list[Tensor]) -> list[int]:
     """For each row of all `[R, n]` parts, the first that is the same: where every row has as many
     placeholders, it has as many of the entries."""
-    sums = torch.stack([x.sum(1, dtype=torch.float64) for x in parts], dim=1).tolist()
+    # Of bytes, which are the same in any order; rows of other sums need no comparison.
+    sums = torch.stack([x.contiguous().view(torch.uint8).sum(1) for x in parts], dim=1).tolist()
     first: list[int] = []
     for row, key in enumerate(sums):
         same = (

@@ -142,7 +142,7 @@ class _Tower:
     """State of one tower; lives on the module.
 
     Attributes:
-        times: how often images repeat in the latest call of one of them.
+        times: how often images repeat in the latest call of its composite.
         learnt: how outputs grow, by kind of call; None where they do not repeat.
         calls: those that are running, by thread.
     """

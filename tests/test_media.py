@@ -216,7 +216,7 @@ def test_images_that_never_repeat():
     """Said with what images have to do, after some batches."""
     model = tiny_composite("llava")
     batch, media = image_batch("llava", (0,), (1,))
-    said = pytest.warns(UserWarning, match=r"shared no token.* images must repeat as preference")
+    said = pytest.warns(UserWarning, match=r"shared no token.* images must be the same bit for")
     with enable_prefix_sharing(model), said:
         for _ in range(8):
             model(**batch.inputs, **media)
@@ -263,6 +263,8 @@ def test_rows_with_equal_parts_of_the_images():
         0,
         3,
     ]
+    some = [torch.zeros(0, 3), torch.tensor([True, False, True, True]), torch.arange(4).half() // 3]
+    assert Shown.of(config, ids, some).numbers.tolist() == [0, 1, 0, 3]
     ids[1] = ids[3] = 9
     assert Shown.of(config, ids, [entries]).numbers.tolist() == [0, 1, 2, 3]
     shown = Shown.of(config, ids, [entries[[0, 1, 0, 1]]])
