@@ -50,8 +50,8 @@ _STATE = "_prefix_sharing"
 _VIEWS = "_prefix_sharing_views"
 _PATIENCE = 8  # training calls without a shared token before saying so
 _IMAGES = (
-    "images must be the same bit for bit, in rows with equally many of their tokens, or laid out as "
-    "preference trainers do: those of all chosen rows, then those of all rejected ones"
+    "images must be the same bit for bit, in rows with equally many of their tokens, or laid out "
+    "as preference trainers do: those of all chosen rows, then those of all rejected ones"
 )
 
 
