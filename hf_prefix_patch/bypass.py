@@ -106,11 +106,9 @@ def _bypass_reasons(
     config, ids = backbone.config.get_text_config(decoder=True), inputs.get("input_ids")
     if getattr(backbone, "_is_replica", False):
         yield "DataParallel, which parts the rows of a batch"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        yield "a torch.func transformation"  # no tensor can be read in one
-    traced = torch._C._is_tracing() or isinstance(ids, FakeTensor)
-    if traced or torch.compiler.is_exporting():
-        yield "tracing or export"
+    unread = unreadable(ids)
+    if unread is not None:
+        yield unread
     if ids is None or inputs.get("inputs_embeds") is not None:
         yield "inputs_embeds"
         return
@@ -155,6 +153,16 @@ def _bypass_reasons(
         yield adapters
     if _context_parallel():
         yield "context parallel"
+
+
+def unreadable(x: Any) -> str | None:
+    """Why no value of a tensor can be looked at; None if it can."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transformation"
+    traced = torch._C._is_tracing() or isinstance(x, FakeTensor)
+    if traced or torch.compiler.is_exporting():
+        return "tracing or export"
+    return None
 
 
 def passes_through(stack: PreTrainedModel, name: str, value: Any) -> bool:

@@ -106,6 +106,8 @@ class PlannedCall:
                 return inputs, f"input {name!r} of the text decoder"
             if name in ("attention_mask", CALL) or not isinstance(x, Tensor | list | tuple):
                 continue
+            if isinstance(x, Tensor) and x.ndim == 0:  # num_items_in_batch, for the loss
+                continue
             result[name], reason = self._pack_one(name, x, inputs)
             if reason is not None:
                 return inputs, reason
@@ -129,8 +131,24 @@ class PlannedCall:
             if x.is_floating_point():
                 return None, f"features {name!r} that differ between rows"
             return None, f"input {name!r} that differs between rows"
-        marked = _pack_marked(tree, inputs) if name == _MARKED and not self.packed else None
-        return marked, None if marked else f"input {name!r} of the text decoder"
+        if name == _MARKED and not self.packed:
+            return self._pack_marked(tree, x, inputs.get(_MARKS))
+        return None, f"input {name!r} of the text decoder"
+
+    def _pack_marked(
+        self, tree: PrefixTree, features: list[Any], marks: Tensor | None
+    ) -> tuple[list[Tensor] | None, str | None]:
+        """The same for features `[M, ...]` of the `M` cells that are marked, in row order."""
+        flat = None if marks is None else marks.flatten()
+        number = -1 if flat is None else int(flat.sum())
+        if flat is None or any(len(x) != number for x in features):
+            return None, f"input {_MARKED!r} of the text decoder"
+        place = flat.cumsum(0) - 1  # of a cell among the marked
+        copies, kept = (cells[flat[cells]] for cells in self.plan.copies(flat.device))
+        if not all(alike(x[place[copies]], x[place[kept]]) for x in features):
+            return None, f"features {_MARKED!r} that differ between rows"
+        packed = place[tree.source[flat[tree.source]]]
+        return [x[packed] for x in features], None
 
     def _agrees(self, x: Tensor) -> bool:
         """Whether `[R, L, ...]` is the same in all cells of each packed token. What is made of text
@@ -207,16 +225,3 @@ def _same(handed: Any, plain: Any) -> bool:
         alike = (handed.shape, handed.dtype) == (plain.shape, plain.dtype)
         return alike and torch.equal(handed, plain)
     return handed is None and plain is None
-
-
-def _pack_marked(tree: PrefixTree, inputs: dict[str, Any]) -> list[Tensor] | None:
-    """Features of the marked cells, `[M, ...]` in row order, to those of the packed row; None if
-    they are not one for each of the `M` cells."""
-    marks, features = inputs.get(_MARKS), inputs[_MARKED]
-    if not isinstance(marks, Tensor):
-        return None
-    flat = marks.flatten()
-    order = flat.cumsum(0) - 1
-    kept = order[tree.source[flat[tree.source]]]
-    number = int(flat.sum())
-    return [x[kept] for x in features] if all(len(x) == number for x in features) else None

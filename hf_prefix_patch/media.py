@@ -92,14 +92,15 @@ def _first_alike(parts: list[Tensor]) -> list[int]:
     """For each row of all `[R, n]` parts, the first that is the same: where every row has as many
     placeholders, it has as many of the entries."""
     # Of bytes, which are the same in any order; rows of other sums need no comparison.
-    sums = torch.stack([x.contiguous().view(torch.uint8).sum(1) for x in parts], dim=1).tolist()
+    sums = [x.contiguous().view(torch.uint8).sum(1).tolist() for x in parts]
+    keys = list(zip(*sums, strict=True))
     first: list[int] = []
-    for row, key in enumerate(sums):
+    for row, key in enumerate(keys):
         same = (
             earlier
             for earlier in range(row)
             if first[earlier] == earlier
-            and sums[earlier] == key
+            and keys[earlier] == key
             and all(torch.equal(x[earlier], x[row]) for x in parts)
         )
         first.append(next(same, row))

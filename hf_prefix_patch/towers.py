@@ -8,6 +8,7 @@ without sharing.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from hf_prefix_patch.bypass import unreadable
 from hf_prefix_patch.composite import CALL
 from hf_prefix_patch.media import alike, has_entries, repeats
 from hf_prefix_patch.modes import evaluating
@@ -30,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-_hooking = Lock()  # two threads may run one model
+_hooking, _trying = Lock(), Lock()  # two threads may run one model
+_KINDS = 16  # of calls of a tower that have a trial; those beyond run on all images
 
 _STATE = "_prefix_sharing_tower"
 _OPTIONS = (bool, int, float, str, torch.dtype, type(None))
@@ -174,10 +177,11 @@ def take_first(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     first = _first_of(whole, times) if times > 1 else None
     if first is None:
         return None
-    kind = _kind(tower, first)
-    if kind not in state.learnt:
-        state.learnt[kind] = _learn(tower, first, whole, times)
-    growth = state.learnt[kind]
+    with _trying:
+        kind = _kind(tower, first)
+        if kind not in state.learnt and len(state.learnt) < _KINDS:
+            state.learnt[kind] = _learn(tower, first, whole, times)
+    growth = state.learnt.get(kind)
     if growth is None:
         return None
     state.calls[get_ident()] = _Call(times, growth, whole)
@@ -206,7 +210,9 @@ def _first_of(arguments: Arguments, times: int) -> Arguments | None:
     entries = [x for x in values if has_entries(x)]
     if not all(isinstance(x, (Tensor, *_OPTIONS)) for x in values):
         return None
-    if not entries or not all(len(x) and repeats(x, times) for x in entries):
+    if not entries or any(unreadable(x) or x.is_meta for x in entries):
+        return None
+    if not all(len(x) and repeats(x, times) for x in entries):
         return None
 
     def first(x: Any) -> Any:
@@ -216,11 +222,16 @@ def _first_of(arguments: Arguments, times: int) -> Arguments | None:
 
 
 def _kind(tower: nn.Module, arguments: Arguments) -> tuple[Any, ...]:
-    """What the form of an output may depend on."""
+    """What the form of an output may depend on, and how much a trial proves."""
     args, kwargs = arguments
-    named = [*enumerate(args), *kwargs.items()]
-    options = ((name, x.ndim if isinstance(x, Tensor) else x) for name, x in named if name != CALL)
-    return (tower.training, *options)
+    read = inspect.signature(tower.forward).parameters
+    options: list[tuple[Any, ...]] = []
+    for name, x in [*enumerate(args), *kwargs.items()]:
+        if isinstance(x, Tensor):
+            options.append((name, x.ndim, x.ndim > 0 and len(x) == 1))
+        elif isinstance(x, str | bool | torch.dtype) or (name in read and name != CALL):
+            options.append((name, x))
+    return (tower.training, any(map(_takes_statistics, tower.modules())), *options)
 
 
 def _learn(tower: nn.Module, first: Arguments, whole: Arguments, times: int) -> _Growth | None:

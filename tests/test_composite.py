@@ -167,6 +167,19 @@ def test_positions_of_several_axes_are_packed(rows):
     assert sharing.stats.calls == 1
 
 
+@pytest.mark.parametrize("number", [7, torch.tensor(7)])
+def test_a_number_for_the_loss(number):
+    """As transformers' trainer hands it on."""
+    model, batch = tiny_composite("qwen2.5-vl"), text_batch()
+    want = model(**batch.inputs, labels=batch.input_ids, num_items_in_batch=number)
+    with enable_prefix_sharing(model) as sharing:
+        got = model(**batch.inputs, labels=batch.input_ids, num_items_in_batch=number)
+    # The loss counts padding too.
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(got.logits[real], want.logits[real], atol=1e-5, rtol=1e-4)
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (1, {})
+
+
 def test_places_in_a_cache_of_which_there_is_none():
     """Composites of transformers 4 hand them on."""
     model, batch = tiny_composite("llava"), text_batch()

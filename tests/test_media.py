@@ -160,6 +160,23 @@ def test_towers_that_make_of_one_image_what_they_like():
     assert sharing.stats.calls == 0
 
 
+def test_features_of_deeper_layers_are_looked_at():
+    """DeepStack's, where a tower runs on all images."""
+    model = tiny_composite("qwen3-vl-moe")
+    batch, media = image_batch("qwen3-vl-moe")
+    rounds = torch.ones(8, 1)
+    rounds[4:] = 1.2
+    model.model.visual.deepstack_merger_list[0].register_forward_hook(
+        lambda module, args, out: out * rounds[-len(out) :]
+    )
+    want = run(model, batch, **media)
+    bypass = pytest.warns(UserWarning, match="features 'deepstack_visual_embeds' that differ")
+    with enable_prefix_sharing(model) as sharing, bypass:
+        got = run(model, batch, **media)
+    assert torch.equal(got[0], want[0])
+    assert sharing.stats.calls == 0
+
+
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_rounding_of_towers_is_none_of_that(computed_in):
     """A unit in the last place, of what autocast computes in if it is on."""

@@ -125,8 +125,8 @@ def reasons() -> set[str]:
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if name == "bypass" and isinstance(node, ast.Yield):
                 found.append(node.value)
-            elif name in ("adapters", "config_views") and isinstance(node, ast.FunctionDef):
-                if node.name in ("adapter_reason", "outdated"):
+            elif name != "composite" and isinstance(node, ast.FunctionDef):
+                if node.name in ("adapter_reason", "outdated", "unreadable"):
                     found += [x.value for x in ast.walk(node) if isinstance(x, ast.Return)]
             elif name == "composite" and isinstance(node, ast.Return):
                 if isinstance(node.value, ast.Tuple) and len(node.value.elts) == 2:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Barrier, Thread
+from time import sleep
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def test_two_pairs():
         assert_same_run(run(model, apart, **other), want[2], of_model=True)
         hooked = [m for m in model.modules() if take_first in m._forward_pre_hooks.values()]
         assert hooked == [model.model.visual]  # and no part of it, nor the decoder
-    assert entries.seen == [3, 6, 3, 3, 1, 4]
+    # One image proves less of a tower than several, and has a trial of its own.
+    assert entries.seen == [3, 6, 3, 3, 1, 4, 1, 4]
 
 
 def test_adapters():
@@ -259,9 +261,11 @@ def test_means_that_a_tower_learns():
         entries = Entries(model.model.vision_tower)
         assert_same_run(run(model, batch, **media), want, of_model=True)
         assert torch.equal(norm.running_var, means)
-        model.eval()
-        run(model, batch, **media, use_cache=False)
-    assert entries.seen == [2, 1, 2, 1]
+        norm.eval()
+        run(model, batch, **media)
+        norm.train()
+        run(model, batch, **media)
+    assert entries.seen == [2, 1, 2, 1, 2]
 
 
 # What a tower may return
@@ -472,24 +476,50 @@ def test_calls_that_are_broken_off(error):
 
 
 def test_threads():
-    """First calls at once, each with its trial, and what another thread's call is told."""
+    """First calls at once: one trial, after which the tower is in the mode that it was in."""
     starts = Barrier(2)
 
     def function(x):
-        if len(eye.seen) <= 2:
-            starts.wait(10)
+        sleep(0.01)
         return x * 2
+
+    def call():
+        starts.wait(10)
+        got.append(eye(pixels))
 
     eye, pixels, got = Eye(function), torch.arange(6.0).view(2, 3).repeat(2, 1), []
     with hooked(eye):
-        threads = [Thread(target=lambda: got.append(eye(pixels))) for _ in range(2)]
+        threads = [Thread(target=call) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert len(got) == 2
+    assert eye.training
+    assert eye.seen == [2, 4, 2, 2]
     for output in got:
         assert_equal(output, pixels * 2)
+
+
+def test_options_that_are_another_in_every_call():
+    """Of what the tower reads, some kinds have a trial; what it does not read makes no kind."""
+    eye, pixels = Eye(lambda x, **options: x * 2), torch.arange(6.0).view(2, 3).repeat(2, 1)
+    with hooked(eye):
+        for number in range(20):
+            assert_equal(eye(pixels, num_items_in_batch=number), pixels * 2)
+        assert eye.seen == [2, 4] + [2] * 20
+        eye.seen.clear()
+        for number in range(20):
+            assert_equal(eye(pixels, sizes=number), pixels * 2)
+    assert eye.seen == [2, 4, 2] * 15 + [4] * 5
+
+
+def test_tensors_that_cannot_be_looked_at():
+    eye, pixels = Eye(lambda x: x * 2), torch.arange(3.0).repeat(2, 1)
+    with hooked(eye):
+        stacked = torch.func.vmap(eye)(pixels.expand(5, 2, 3))
+        assert torch.equal(stacked[0], pixels * 2)
+        assert eye(pixels.to("meta")).is_meta
+    assert eye.seen == [2, 2]
 
 
 def test_hooks_of_the_user_see_all_images():
