@@ -22,7 +22,7 @@ from hf_prefix_patch import flops
 from hf_prefix_patch.flops import DecoderShape, Work, row_pairs, tree_pairs
 from hf_prefix_patch.versions import CHECKPOINT_LAYERS
 
-__all__ = ["SHAPES", "build_decoder", "row_pairs", "step_flops", "tree_pairs"]
+__all__ = ["SHAPES", "build_decoder", "row_pairs", "set_up", "step_flops", "tree_pairs"]
 
 
 def _shape(layers: int, hidden: int, heads: int, kv: int, mlp: int, vocab: int, **rest: Any):
@@ -76,6 +76,11 @@ def build_decoder(
     auto = AutoModelForCausalLM if head else AutoModel
     with torch.device(device):
         model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
+    return set_up(model, checkpointing=checkpointing, frozen=frozen)
+
+
+def set_up(model: PreTrainedModel, *, checkpointing: bool, frozen: bool) -> PreTrainedModel:
+    """A model for training; arguments as of `build_decoder`."""
     if frozen:
         model.requires_grad_(False)
         model.enable_input_require_grads()

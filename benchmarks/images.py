@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from charts import heat_maps
-from decoder import SHAPES
+from decoder import SHAPES, set_up
 from measure import GrowingTable, Side, entry, fits, medians, parse, peak_memory, setting
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLModel
 from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.flops import DecoderShape, Work, row_pairs, step_flops, tree_pairs
 from hf_prefix_patch.measuring import seconds_of
-from hf_prefix_patch.versions import CHECKPOINT_LAYERS
 
 MERGED, PATCH = 2, 14  # patches a side of a token, pixels a side of a patch
 IMAGE, START, END = 1, 2, 3
@@ -121,12 +120,7 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
     with torch.device(args.device):
         model = Qwen2_5_VLModel._from_config(config, dtype=args.dtype, attn_implementation="sdpa")
     model.visual.requires_grad_(False)
-    if args.frozen:
-        model.language_model.requires_grad_(False)
-        model.enable_input_require_grads()
-    if args.checkpointing:
-        getattr(model, CHECKPOINT_LAYERS)({"use_reentrant": False})
-    return model.train()
+    return set_up(model, checkpointing=args.checkpointing, frozen=args.frozen)
 
 
 class Pair(NamedTuple):

@@ -16,7 +16,7 @@ from transformers.trainer_utils import seed_worker
 
 from hf_prefix_patch.callbacks import SetEpoch
 from hf_prefix_patch.collator import DataCollatorWithPrefixSharing
-from hf_prefix_patch.columns import TruncationMode
+from hf_prefix_patch.columns import IMAGES, TruncationMode
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.planned import PlannedTensor
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
@@ -266,7 +266,7 @@ def _check_arguments(trainer: Any) -> None:
     if trainer.train_dataset is None:
         raise ValueError("max_tokens_per_batch needs a trainer with a train_dataset; give it one")
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
-    images = [name for name in ("images", "image") if name in columns]
+    images = [name for name in IMAGES if name in columns]
     if images:
         raise ValueError(
             f"max_tokens_per_batch counts the tokens of text, and the train_dataset has {images}; "

@@ -14,6 +14,9 @@ import numpy as np
 
 TruncationMode = Literal["keep_start", "keep_end"]
 
+IMAGES = ("images", "image")
+"""Columns of what a processor takes beside the text."""
+
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns of precomputed reference log-probs."""
 

@@ -222,6 +222,6 @@ def _same(handed: Any, plain: Any) -> bool:
     if isinstance(handed, dict) and isinstance(plain, dict):
         return handed.keys() == plain.keys() and all(_same(handed[k], plain[k]) for k in plain)
     if isinstance(handed, Tensor) and isinstance(plain, Tensor):
-        alike = (handed.shape, handed.dtype) == (plain.shape, plain.dtype)
-        return alike and torch.equal(handed, plain)
+        fits = (handed.shape, handed.dtype) == (plain.shape, plain.dtype)
+        return fits and torch.equal(handed, plain)
     return handed is None and plain is None

@@ -232,14 +232,13 @@ def pack_rows(
     training = backbone.training and torch.is_grad_enabled()
     if training:
         patch.watch(plan.tree, bool(media))
+    expect(backbone, decoder, times if plan.reason is None else 1)
     if plan.reason is not None and not packed:
-        expect(backbone, decoder, 1)
         patch.bypass(plan.reason, training=training)
         return tuple(map(plain, args)), {name: plain(x) for name, x in kwargs.items()}
     if decoder is not backbone:
         if packed:
             inputs["position_ids"] = plan.on(inputs["input_ids"].device).position_ids
-        expect(backbone, decoder, times)
         inputs = {name: plain(x) for name, x in inputs.items()}
         call = PlannedCall.of(patch, plan, inputs, packed, bool(media))
         return (), inputs | {"use_cache": False, CALL: call}
@@ -270,10 +269,9 @@ def _plan_rows(
         plan = plan_of(inputs) or recall_plan(rows)
     config = decoder.config
     if plan.reason is None and rope_depends_on_length(config) and plan.padded_beyond:
-        return Plan(None, "rotary frequencies that depend on padding"), 1
+        plan = Plan(None, "rotary frequencies that depend on padding")
     if plan.reason is None and patch.sees_padding and plan.padded_before:
-        padded = Plan(None, "recurrent layers with a bias that is added to padding before a row")
-        return padded, 1
+        plan = Plan(None, "recurrent layers with a bias that is added to padding before a row")
     return plan, times
 
 

@@ -75,7 +75,7 @@ class Shown:
         placeholders = (ids[..., None] == tokens).sum(1)
         divisors = (n for n in range(rows, 0, -1) if rows % n == 0)
         times = next(n for n in divisors if all(repeats(x, n) for x in (placeholders, *media)))
-        if repeats(placeholders, rows) and all(len(x) % rows == 0 for x in media):
+        if times < rows and repeats(placeholders, rows) and all(len(x) % rows == 0 for x in media):
             parts = [x.reshape(rows, x.numel() // rows) for x in media]
             return cls(torch.tensor(_first_alike(parts), device=ids.device), times)
         return cls(apart % (rows // times), times)
@@ -83,7 +83,7 @@ class Shown:
     def tell_apart(self, input_ids: Tensor) -> Tensor:
         """`[R, L]` ids that only rows with the same images have in common."""
         ids = input_ids.as_subclass(Tensor)
-        if ids.is_meta or not ids.numel():
+        if not ids.numel():
             return ids
         return ids + self.numbers[:, None] * (ids.max() + 1)
 

@@ -9,6 +9,8 @@ from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from hf_prefix_patch.columns import IMAGES
+
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CUT = "prompt_cut"
 """Beside the ids of an example: the end that its prompt lost, quoted; empty if it lost none, and
@@ -60,7 +62,7 @@ def _check(where: str, example: Any) -> _Parts:
             f"{where} has values in the columns {sorted(given)}, but needs chosen and rejected, "
             "and prompt unless both begin with it; rename the columns or leave the example out"
         )
-    if given.get("images") or given.get("image"):
+    if any(given.get(name) for name in IMAGES):
         raise ValueError(
             f"{where} has images, but only text becomes token ids here; leave them to a trainer's "
             "processor, or drop the column to look at the text alone"

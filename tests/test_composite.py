@@ -16,8 +16,7 @@ from batches import (
     run,
 )
 from composites import COMPOSITES, IMAGE, tiny_composite
-from families import sizes
-from peft import LoraConfig, get_peft_model
+from families import CHECKPOINTING, add_lora, set_checkpointing, sizes
 from tiny_trl import SPECIAL_TOKENS, WORDS, assert_same_log, run_dpo
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.gemma3 import modeling_gemma3
@@ -26,8 +25,6 @@ import hf_prefix_patch
 from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
 from hf_prefix_patch.bypass import bypass_reason
 from hf_prefix_patch.composite import decoder_of
-
-CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 
 
 def text_batch(padding="right"):
@@ -40,9 +37,7 @@ def text_batch(padding="right"):
 @pytest.mark.parametrize("family", COMPOSITES)
 def test_logps_and_gradients_of_text_equal_the_unpatched_model(family, padding, mode):
     model = tiny_composite(family)
-    if CHECKPOINTING[mode] is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[mode]})
-        model.enable_input_require_grads()
+    set_checkpointing(model, mode)
     batch = text_batch(padding)
     want = run(model, batch)
     seen = LayerTokens(decoder_of(model.base_model))
@@ -261,11 +256,7 @@ def test_a_packed_row_that_its_decoder_cannot_run():
 
 def test_removal_copies_and_wrappers():
     """LoRA in decoder and vision tower; the copy and the stored model share by themselves."""
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(tiny_composite("llava"), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    model = add_lora(tiny_composite("llava"), "q_proj", "v_proj")
     batch = text_batch()
     want = run(model, batch)
     sharing = enable_prefix_sharing(model)

@@ -21,14 +21,14 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from composites import COMPOSITES, tiny_composite
+from composites import COMPOSITES
 from families import FAMILIES, HYBRIDS
 from tiny_trl import (
     build_trainer,
     load,
     preference_pairs,
     save_tiny_model,
-    tiny_processor,
+    save_tiny_vision_model,
     tiny_tokenizer,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -161,12 +161,7 @@ def test_recipes_run(script, tmp_path, monkeypatch, request):
 
 def save_vision_model(folder):
     """With its processor, and pairs with images beside it."""
-    processor = tiny_processor()
-    words = len(processor.tokenizer)
-    model = tiny_composite("llava", vocab_size=words, max_position_embeddings=128)
-    model.config.image_token_index = processor.image_token_id
-    for part in (model, processor):
-        part.save_pretrained(folder / "vision_model")
+    save_tiny_vision_model(folder / "vision_model")
     PIL.Image.new("RGB", (8, 8), "red").save(folder / "red.png")
     pairs = [dict(pair, images=["red.png"]) for pair in preference_pairs()]
     (folder / "pairs_with_images.jsonl").write_text("\n".join(map(json.dumps, pairs)))

@@ -9,8 +9,7 @@ import pytest
 import torch
 from batches import assert_same_run, preference_batch, run
 from composites import tiny_composite
-from families import tiny_model
-from test_parity import set_checkpointing
+from families import set_checkpointing, tiny_model
 from test_patch import footprint
 from tiny_trl import build_trainer, load, save_tiny_model
 from torch._dynamo import eval_frame

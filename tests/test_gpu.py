@@ -7,8 +7,7 @@ import torch
 from accelerate.utils import send_to_device
 from batches import LayerTokens, pad_rows, run
 from composites import image_batch, tiny_composite
-from families import NO_SDPA, tiny_model
-from test_parity import set_checkpointing
+from families import NO_SDPA, set_checkpointing, tiny_model
 
 from hf_prefix_patch import (
     DataCollatorWithPrefixSharing,

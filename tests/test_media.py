@@ -9,8 +9,8 @@ import transformers
 from batches import LayerTokens, assert_same_run, pad_rows, run
 from composites import COMPOSITES, IMAGE, image_batch, tiny_composite
 from datasets import Dataset, Features, Image, List, Value
-from peft import LoraConfig, get_peft_model
-from tiny_trl import WORDS, assert_same_log, tiny_processor
+from families import CHECKPOINTING, add_lora, set_checkpointing
+from tiny_trl import WORDS, assert_same_log, save_tiny_vision_model
 from trl import DPOConfig, DPOTrainer
 
 import hf_prefix_patch
@@ -18,7 +18,6 @@ from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
 from hf_prefix_patch.composite import decoder_of
 from hf_prefix_patch.media import Shown, media_of
 
-CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 FAMILIES = [name for name in COMPOSITES if name not in ("gemma3", "mllama")]
 
 
@@ -38,9 +37,7 @@ def shared_run(model, batch, **kwargs):
 def test_an_image_in_the_prompt_of_a_pair(family, mode):
     """Gradients of the tower too, which both rows of the pair reach."""
     model = tiny_composite(family)
-    if CHECKPOINTING[mode] is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[mode]})
-        model.enable_input_require_grads()
+    set_checkpointing(model, mode)
     batch, media = image_batch(family)
     want, without = run(model, batch, **media), run(model, batch)
     assert (want[0] - without[0]).abs().max() > 1e-3  # the image counts
@@ -274,12 +271,8 @@ def test_rows_with_equal_parts_of_the_images():
     entries = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0], [torch.nan, 0.0]])
     shown = Shown.of(config, ids, [entries, torch.ones(4, 3, dtype=torch.long)])
     assert (shown.times, shown.numbers.tolist()) == (1, [0, 1, 0, 3])
-    assert Shown.of(config, ids, [entries[:, None].expand(4, 2, 2)]).numbers.tolist() == [
-        0,
-        1,
-        0,
-        3,
-    ]
+    more = [entries[:, None].expand(4, 2, 2)]
+    assert Shown.of(config, ids, more).numbers.tolist() == [0, 1, 0, 3]
     some = [torch.zeros(0, 3), torch.tensor([True, False, True, True]), torch.arange(4).half() // 3]
     assert Shown.of(config, ids, some).numbers.tolist() == [0, 1, 0, 3]
     ids[1] = ids[3] = 9
@@ -323,12 +316,7 @@ def test_placeholders_that_no_config_names(monkeypatch):
 
 
 def test_adapters_in_tower_and_decoder():
-    model = get_peft_model(
-        tiny_composite("llava"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    model = add_lora(tiny_composite("llava"), "q_proj", "v_proj")
     batch, media = image_batch("llava", (0,), (1,), (0,), (1,))
     want = run(model, batch, **media)
     assert any("vision_tower" in name for name in want[1])
@@ -373,12 +361,8 @@ def pairs_with_pictures():
 
 
 def dpo_trainer(folder):
-    processor = tiny_processor()
-    vocabulary = len(processor.tokenizer)
-    model = tiny_composite("llava", vocab_size=vocabulary, max_position_embeddings=128)
-    model.config.image_token_index = processor.image_token_id
-    model.save_pretrained(folder / "model")
-    model = type(model).from_pretrained(folder / "model", dtype=torch.float32)
+    path = save_tiny_vision_model(folder / "model")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
     return DPOTrainer(
         model,
         args=DPOConfig(
@@ -392,7 +376,7 @@ def dpo_trainer(folder):
             bf16=False,
             max_length=None,
         ),
-        processing_class=processor,
+        processing_class=transformers.AutoProcessor.from_pretrained(path),
         train_dataset=pairs_with_pictures(),
     )
 

@@ -10,18 +10,10 @@ from batches import (
     preference_batch,
     run,
 )
-from families import FAMILIES, NO_SDPA, tiny_model
+from families import CHECKPOINTING, FAMILIES, NO_SDPA, set_checkpointing, tiny_model
 from tiny_types import tiny_model_of
 
 from hf_prefix_patch import enable_prefix_sharing
-
-CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
-
-
-def set_checkpointing(model, mode):
-    if CHECKPOINTING[mode] is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[mode]})
-        model.enable_input_require_grads()
 
 
 @pytest.mark.parametrize(

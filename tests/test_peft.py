@@ -10,7 +10,7 @@ from batches import (
     preference_batch,
     run,
 )
-from families import tiny_model
+from families import CHECKPOINTING, set_checkpointing, tiny_model
 from peft import (
     EvaConfig,
     LoHaConfig,
@@ -43,7 +43,6 @@ PROMPT_LEARNING = {
     "prefix": (PrefixTuningConfig, {}),
 }
 INVOCATION = [7, 8]
-CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 
 
 def lora_config(**options):
@@ -66,12 +65,6 @@ def wrap(model, config):
 
 def lora_model(**options):
     return wrap(tiny_model(), lora_config(**options))
-
-
-def set_checkpointing(model, mode):
-    if CHECKPOINTING[mode] is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[mode]})
-        model.enable_input_require_grads()
 
 
 def logits_of(model, batch):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from batches import LayerTokens, assert_same_run, completion_logps, pad_rows, preference_batch, run
-from families import tiny_model
+from families import CHECKPOINTING, tiny_model
 from peft import prepare_model_for_kbit_training
 from test_parity import assert_error_at_most_doubles
-from test_peft import CHECKPOINTING, lora_config, policy_and_reference, wrap
+from test_peft import lora_config, policy_and_reference, wrap
 from test_peft_methods import moved
 from tiny_trl import assert_same_log, run_dpo
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig

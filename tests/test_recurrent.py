@@ -20,8 +20,7 @@ from batches import (
     preference_batch,
     run,
 )
-from families import HYBRIDS, tiny_model
-from peft import LoraConfig, get_peft_model
+from families import HYBRIDS, add_lora, tiny_model
 from precision import TOLERANCE, in_doubles
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5
@@ -397,11 +396,7 @@ def test_a_packed_row_needs_a_model_that_hands_on_its_descriptors():
 
 def test_adapters():
     """LoRA around projections inside the recurrent layers, wrapped before enabling."""
-    config = LoraConfig(r=4, target_modules=["q_proj", "in_proj_qkv", "in_proj_z", "out_proj"])
-    model = get_peft_model(tiny_model("qwen3.5"), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    model = add_lora(tiny_model("qwen3.5"), "q_proj", "in_proj_qkv", "in_proj_z", "out_proj")
     batch = preference_batch()
     want = run(model, batch)
     with enable_prefix_sharing(model) as sharing:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from batches import assert_same_run, run
 from composites import image_batch, tiny_composite
+from families import CHECKPOINTING, add_lora, set_checkpointing
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -56,15 +57,13 @@ class Entries:
         return self._forward(*args, **kwargs)
 
 
-@pytest.mark.parametrize("mode", [None, False, True])
+@pytest.mark.parametrize("mode", CHECKPOINTING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tower_runs_on_one_of_two_images(family, mode):
     """With its gradients, and both kinds of checkpointing; Gemma3's too, whose decoder does not
     share images."""
     model = tiny_composite(family)
-    if mode is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": mode})
-        model.enable_input_require_grads()
+    set_checkpointing(model, mode)
     batch, media = image_batch(family)
     want = run(model, batch, **media)
     with enable_prefix_sharing(model, on_bypass="ignore"):
@@ -93,11 +92,7 @@ def test_two_pairs():
 
 
 def test_adapters():
-    targets = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(tiny_composite("llava"), targets)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    model = add_lora(tiny_composite("llava"), "q_proj", "v_proj")
     batch, media = image_batch("llava")
     want = run(model, batch, **media)
     with enable_prefix_sharing(model):
@@ -147,10 +142,12 @@ def assert_comes_off(model):
 def test_a_handle_keeps_no_tower_alive():
     model = tiny_composite("llava")
     sharing, tower = enable_prefix_sharing(model), weakref.ref(model.model.vision_tower)
+    batch, media = image_batch("llava")
+    run(model, batch, **media)
     del model
     gc.collect()
     assert tower() is None
-    assert sharing.stats.calls == 0
+    assert sharing.stats.calls == 1
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -213,16 +210,16 @@ def test_dropout_in_a_tower():
     assert not torch.equal(once, again)
 
 
-def test_random_numbers_are_drawn_as_ever():
-    """By a bypassed call, after a trial."""
-    model = tiny_composite("gemma3")
-    batch, media = image_batch("gemma3")
-    drawn = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        run(model, batch, **media)
-        drawn.append(torch.rand(1))
-        enable_prefix_sharing(model, on_bypass="ignore")
+def test_a_trial_draws_no_random_numbers():
+    """The call itself draws those of the first images."""
+    eye = Eye(lambda x: nn.functional.dropout(x, 0.5, eye.training))
+    pixels, drawn = torch.ones(2, 3), []
+    with hooked(eye):
+        for call in (lambda: eye.forward(pixels[:1]), lambda: eye(pixels)):
+            torch.manual_seed(1)
+            call()
+            drawn.append(torch.rand(1))
+    assert eye.seen == [1, 1, 2, 1]
     assert drawn[0] == drawn[1]
 
 

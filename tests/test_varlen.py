@@ -13,10 +13,9 @@ from batches import (
     preference_batch,
     run,
 )
-from families import NO_SDPA, tiny_model
+from families import NO_SDPA, set_checkpointing, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_parity import set_checkpointing
 from test_tree import batches
 from varlen_emulator import (
     flash_2,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from composites import tiny_composite
 from datasets import Dataset
 from families import tiny_model
 from peft import LoraConfig
@@ -55,6 +56,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_tiny_vision_model(directory: Path) -> str:
+    """A LLaVA in fp32 and its processor."""
+    processor = tiny_processor()
+    words = len(processor.tokenizer)
+    model = tiny_composite("llava", vocab_size=words, max_position_embeddings=128)
+    model.config.image_token_index = processor.image_token_id
+    for part in (model, processor):
+        part.save_pretrained(directory)
+    return str(directory)
 
 
 PARTS_TEMPLATE = (
