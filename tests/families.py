@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 _SIZES: dict[str, Any] = {
@@ -139,12 +138,3 @@ def set_checkpointing(model: PreTrainedModel, mode: str) -> None:
     if CHECKPOINTING[mode] is not None:
         model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[mode]})
         model.enable_input_require_grads()
-
-
-def add_lora(model: PreTrainedModel, *targets: str) -> PeftModel:
-    """The model with adapters that change what it computes, unlike fresh ones."""
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=list(targets)))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return adapted

@@ -16,8 +16,8 @@ from batches import (
     run,
 )
 from composites import COMPOSITES, IMAGE, tiny_composite
-from families import CHECKPOINTING, add_lora, set_checkpointing, sizes
-from tiny_trl import SPECIAL_TOKENS, WORDS, assert_same_log, run_dpo
+from families import CHECKPOINTING, set_checkpointing, sizes
+from tiny_trl import SPECIAL_TOKENS, WORDS, add_lora, assert_same_log, run_dpo
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.gemma3 import modeling_gemma3
 

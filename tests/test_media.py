@@ -9,8 +9,8 @@ import transformers
 from batches import LayerTokens, assert_same_run, pad_rows, run
 from composites import COMPOSITES, IMAGE, image_batch, tiny_composite
 from datasets import Dataset, Features, Image, List, Value
-from families import CHECKPOINTING, add_lora, set_checkpointing
-from tiny_trl import WORDS, assert_same_log, save_tiny_vision_model
+from families import CHECKPOINTING, set_checkpointing
+from tiny_trl import WORDS, add_lora, assert_same_log, save_tiny_vision_model
 from trl import DPOConfig, DPOTrainer
 
 import hf_prefix_patch

@@ -20,8 +20,9 @@ from batches import (
     preference_batch,
     run,
 )
-from families import HYBRIDS, add_lora, tiny_model
+from families import HYBRIDS, tiny_model
 from precision import TOLERANCE, in_doubles
+from tiny_trl import add_lora
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 

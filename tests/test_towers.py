@@ -14,8 +14,9 @@ import pytest
 import torch
 from batches import assert_same_run, run
 from composites import image_batch, tiny_composite
-from families import CHECKPOINTING, add_lora, set_checkpointing
+from families import CHECKPOINTING, set_checkpointing
 from peft import LoraConfig, get_peft_model
+from tiny_trl import add_lora
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._pytree import tree_flatten

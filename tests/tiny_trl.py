@@ -12,7 +12,7 @@ import torch
 from composites import tiny_composite
 from datasets import Dataset
 from families import tiny_model
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -154,6 +154,15 @@ def dpo_config(output_dir: Path, **options: Any) -> DPOConfig:
     # transformers before 5 leaves the mixed precision of one run to the next.
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     return DPOConfig(str(output_dir), **(defaults | options))
+
+
+def add_lora(model: PreTrainedModel, *targets: str) -> PeftModel:
+    """The model with adapters that change what it computes, unlike fresh ones."""
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=list(targets)))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted
 
 
 def perturb(model: nn.Module, scale: float = 0.03) -> None:
