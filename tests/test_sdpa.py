@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree import batches
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.backends import cpu, sdpa, tiles
@@ -338,6 +339,45 @@ def test_gradients_of_half_precision_are_rounded_once(dtype):
     want = cpu.cpu_attention_backward(*(x.float() for x in saved), lse, blocks, 0.3)
     for ours, exact in zip(got, want, strict=True):
         assert torch.equal(ours, exact.to(dtype))
+
+
+class Zeros(TorchDispatchMode):
+    """Counts elements of tensors that are made of zeros, to be added to or written to in part."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **kwargs or {})
+        if func in (torch.ops.aten.slice_backward.default, torch.ops.aten.zeros.default):
+            self.elements += output.numel()
+        return output
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 40}, {"softcap": 2.0}])
+@pytest.mark.parametrize("length", [8, 600])
+def test_backward_fills_no_whole_tensor_for_each_chain(options, length):
+    """Many chains, and many chunks of a long one under a window."""
+    rows = [[*range(30 * r, 30 * r + 20), *[5000 + i] * length] for r in range(8) for i in range(2)]
+    tree = tree_of_rows(rows)
+    inputs = packed_inputs(tree, size=2)
+    output = attend(tree, inputs, **options)
+    with Zeros() as zeros:
+        output.backward(torch.ones_like(output))
+    keys_and_values, aligned_queries = 2 * inputs[1].numel(), 2 * inputs[0].numel()
+    # Chunks under a window take keys of the chain before them as well.
+    assert 0 < zeros.elements <= 2 * keys_and_values + aligned_queries
+
+
+def test_gradients_of_a_slice_are_added_in_fp32():
+    x = torch.randn(1, 2, 6, 4).bfloat16().requires_grad_()
+    pieces = sdpa._slices(x, [(0, 4), *[(1, 3)] * 50, (2, 6)])
+    grads = [torch.randn(piece.shape).bfloat16() for piece in pieces]
+    want = torch.zeros(1, 2, 6, 4)
+    want[:, :, :4] += grads[0]
+    want[:, :, 2:] += grads[-1]
+    want[:, :, 1:3] += torch.stack(grads[1:-1]).float().sum(0)
+    (got,) = torch.autograd.grad(pieces, x, grads)
+    torch.testing.assert_close(got, want.bfloat16(), atol=0, rtol=2**-8)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -6,9 +6,9 @@ mask of the whole packed row against itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -99,19 +99,19 @@ def _attend_chains(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    paths = [
+        (stop - start, [block[2:] for block in path])
+        for (start, stop), path in groupby(as_blocks(blocks), key=lambda block: block[:2])
+    ]
+    chains = torch.split(query, [length for length, _ in paths], dim=2)
+    stretches = [stretch for _, path in paths for stretch in path]
+    keys, values = (iter(_slices(x, stretches)) for x in (key, value))
     outputs = []
-    for (start, stop), path in groupby(as_blocks(blocks), key=lambda block: block[:2]):
-        stretches = [slice(*block[2:]) for block in path]
-        q = query[:, :, start:stop]
-        k, v = (_join(x, stretches) for x in (key, value))
-        n, m = q.shape[2], k.shape[2]
-        narrow = window if window is not None and window < m else None
-        size = n if narrow is None else _CHUNK
-        for i in range(0, n, size):
-            chunk = q[:, :, i : i + size]
-            seen = m - n + i + chunk.shape[2]
-            first = 0 if narrow is None else max(0, m - n + i - narrow + 1)
-            inputs = (chunk, k[:, :, first:seen], v[:, :, first:seen])
+    for q, (_, path) in zip(chains, paths, strict=True):
+        k, v = (_join([next(pieces) for _ in path]) for pieces in (keys, values))
+        narrow = window if window is not None and window < k.shape[2] else None
+        parts = [(q, k, v)] if narrow is None else _chunks(q, k, v, narrow)
+        for inputs in parts:
             if softcap is None and sinks is None:
                 output = _fused(*inputs, scaling, dropout, narrow)
             else:
@@ -120,9 +120,48 @@ def _attend_chains(
     return torch.cat(outputs, dim=1)
 
 
-def _join(x: Tensor, stretches: list[slice]) -> Tensor:
-    pieces = [x[:, :, stretch] for stretch in stretches]
+def _chunks(q: Tensor, k: Tensor, v: Tensor, window: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries of a chain part by part, each with the keys that its window reaches."""
+    chunks = torch.split(q, _CHUNK, dim=2)
+    stops = accumulate((x.shape[2] for x in chunks), initial=k.shape[2] - q.shape[2])
+    reach = [(max(0, start - window + 1), stop) for start, stop in pairwise(stops)]
+    return list(zip(chunks, _slices(k, reach), _slices(v, reach), strict=True))
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _slices(x: Tensor, stretches: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Stretches of the tokens of `[1, heads, N, D]`, which may overlap."""
+    if len(stretches) == 1:
+        return (x[:, :, slice(*stretches[0])],)
+    pieces: tuple[Tensor, ...] = _Slices.apply(x, stretches)  # type: ignore[no-untyped-call]
+    return pieces
+
+
+class _Slices(torch.autograd.Function):
+    """Has a backward of its own: autograd takes each slice back as a tensor of all tokens, zero but
+    for a few. This one adds all gradients to one tensor, in fp32 or better."""
+
+    @staticmethod
+    def forward(x: Tensor, stretches: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+        return tuple(x[:, :, slice(*stretch)] for stretch in stretches)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.stretches = inputs
+        ctx.like = {"size": x.shape, "dtype": x.dtype, "device": x.device}
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        dtype = torch.promote_types(ctx.like["dtype"], torch.float32)
+        total = torch.zeros(**ctx.like | {"dtype": dtype})
+        for stretch, grad in zip(ctx.stretches, grads, strict=True):
+            if grad is not None:
+                total[:, :, slice(*stretch)] += grad
+        return total.to(ctx.like["dtype"]), None
 
 
 def _fused(
