@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -47,7 +46,7 @@ def load_model(
     Args:
         source: a folder or a name on the hub.
         dtype: `"auto"`, that of the checkpoint, or a name in torch.
-        device: None for CUDA where there is one, else the CPU.
+        device: None for the accelerator that PyTorch finds (CUDA, MPS, XPU), else the CPU.
         load_in_4bit: the base model in nf4 of bitsandbytes with double quantisation, computing in
             `dtype` (bfloat16 for `"auto"`).
         attn_implementation: as transformers takes it.
@@ -167,22 +166,19 @@ def _class_for(config: PretrainedConfig) -> Any:
 
 
 def _device(name: str | None) -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
-        raise ValueError(f"device is {name!r}, but must be cpu, cuda or cuda:N; give one of these")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+        return found or torch.device("cpu")
+    names = ["cpu"]
+    if found is not None:
+        numbered = (f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))
+        names += [found.type, *numbered]
+    if name not in names:
         raise ValueError(
-            f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here; "
-            "install a build of PyTorch with CUDA, or give cpu"
+            f"device is {name!r}, but this PyTorch sees only {names}; give one of these, or "
+            "install a build of PyTorch for that device"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, counted "
-            "from 0; give one of these"
-        )
-    return device
+    return torch.device(name)
 
 
 def _need(package: str, what: str, install: str) -> None:

@@ -193,7 +193,7 @@ class _HeadCall:
             raise self._no_head_call()
         if self._unknown:
             logits = output[0] if isinstance(output, tuple) else output.logits
-            self._compare(logits.detach(), self._raw)
+            self._compare(logits.detach().cpu(), self._raw.cpu())
             _compared[self._head] = self._options
         return self._logps
 
@@ -204,7 +204,8 @@ class _HeadCall:
         )
 
     def _compare(self, logits: Tensor, raw: Tensor) -> None:
-        """Hold the model's own logits against what `linear_logps` makes of those of the head."""
+        """Hold the model's own logits against what `linear_logps` makes of those of the head, both
+        on the host: not every device has fp64."""
         scale, softcap = self._options
         finite = raw.isfinite()  # amplified, some overflow in fp16
         known = _changed(raw.double().masked_fill(~finite, 0.0), scale, softcap)

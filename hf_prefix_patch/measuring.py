@@ -28,7 +28,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 def peak_of(call: Callable[[], Any], device: torch.device) -> int:
     """Most bytes that one call held at once, beyond what was there before.
 
-    On CUDA this is what the allocator handed out at its highest. On a CPU it is the sum of the
+    On CUDA this is what the allocator handed out at its highest. Elsewhere it is the sum of the
     tensors alive at once, a number that does not depend on the allocator, on other threads or on
     what ran before; scratch memory inside PyTorch's own kernels is not in it.
     """
@@ -49,8 +49,8 @@ def peak_of(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class TensorMemory(TorchDispatchMode):

@@ -85,7 +85,7 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
             f"(bypassed: {bypassed}), but must, to be compared; the model was restored; mend what "
             "bypasses it, or run it unpatched"
         )
-    real = mask.bool()
+    real = mask.cpu().bool()
     # Padding alone can make rows of the model itself NaN: eager attention in fp64, before a row.
     known = [r for r, cells in enumerate(real) if bool(unshared[r, cells].isfinite().all())]
     if not known:
@@ -137,7 +137,7 @@ class _Calls:
         self._options = {"logits_to_keep": 1} if one_logit else {}
 
     def hidden(self, ids: Tensor, mask: Tensor, use_cache: bool) -> Tensor:
-        """`[R, L, H]` on the device of `ids`."""
+        """`[R, L, H]` on the host: not every device has fp64, in which they are compared."""
         self._found.clear()
         self._ran = False
         decoder = decoder_of(self._backbone)
@@ -159,7 +159,7 @@ class _Calls:
                 "hidden states [R, L, H] first; pass the model that has one under its "
                 "base_model_prefix"
             )
-        return hidden.to(ids.device)
+        return hidden.cpu()
 
     def _call(self, inputs: dict[str, Any]) -> None:
         try:

@@ -218,6 +218,19 @@ def test_prompt_learning_is_refused(folder, verified, tmp_path):
     assert "adapter 'default' is prompt learning" in error
 
 
+def test_device_of_another_accelerator(monkeypatch):
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    named = {name: loading._device(name) for name in (None, "mps", "mps:0", "cpu")}
+    assert named == {name: torch.device(name or "mps") for name in named}
+    with pytest.raises(
+        ValueError, match=r"'cuda', but this PyTorch sees only \['cpu', 'mps', 'mps:0'\]"
+    ):
+        loading._device("cuda")
+
+
 def test_bad_input(folder, verified, tmp_path, monkeypatch):
     model = tmp_path / "model"
     tiny_model().save_pretrained(model)
@@ -238,7 +251,6 @@ def test_bad_input(folder, verified, tmp_path, monkeypatch):
     tokenizer.save_pretrained(talking)
     bad.write_text(json.dumps({"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}) + '\n{"pro')
     long.write_text(json.dumps({"prompt": "w1 w2 w3 ", "chosen": "w4", "rejected": "w5"}))
-    places = f"there are {torch.cuda.device_count()}" if torch.cuda.is_available() else "sees no"
     for words, message in (
         ((tmp_path / "nosuch",), "nosuch"),
         ((model, "--data", long), "tokenizer"),
@@ -258,9 +270,9 @@ def test_bad_input(folder, verified, tmp_path, monkeypatch):
         ((folder, "--adapter", tmp_path), "could not be loaded (ValueError: Can't find 'adapter_c"),
         ((weightless,), "could not be loaded (OSError: Error no file named"),
         ((folder, "--data", parts, "--tokenizer", talking), "(raised for "),
-        ((folder, "--device", "cuda:99"), places),
-        ((folder, "--device", "gpu"), "device is 'gpu', but must be cpu, cuda or cuda:N"),
-        ((folder, "--device", "meta"), "device is 'meta', but must be cpu, cuda or cuda:N"),
+        ((folder, "--device", "cuda:99"), "device is 'cuda:99', but this PyTorch sees only"),
+        ((folder, "--device", "gpu"), "sees only ['cpu'"),
+        ((folder, "--device", "meta"), "device is 'meta', but this PyTorch sees only"),
         ((folder, "--data", ""), "an empty string is given, but must be a path or a name"),
         ((folder, "--tokenizer", folder), "but random tokens need none; give --data too"),
         ((folder, "--seed", -1), "'-1' is given, but must be an integer from 0 to 2**32 - 1"),

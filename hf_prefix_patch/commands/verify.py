@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, default="auto", type=lambda x: _DTYPES.get(x, x))
     add("--load-in-4bit", action="store_true", help="nf4 weights of bitsandbytes; implies --lora")
-    add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
+    add("--device", help="such as cpu, cuda, cuda:1 or mps (default: a GPU where there is one)")
     add("--attn-implementation", metavar="NAME", help="as transformers takes it")
     add(
         "--adapter",
