@@ -8,6 +8,7 @@ from accelerate.utils import send_to_device
 from batches import LayerTokens, pad_rows, run
 from composites import image_batch, tiny_composite
 from families import NO_SDPA, set_checkpointing, tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_prefix_patch import (
     DataCollatorWithPrefixSharing,
@@ -155,6 +156,17 @@ def test_kernels_pass_their_check(name, features, dtype):
         features=frozenset(features),
     )
     assert kernel_check.find_fault(attention.BACKENDS[name], needs) is None
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("size", [*SIZES, 512])
+@pytest.mark.parametrize("window", [None, 50])
+def test_sdpa_needs_no_math_kernel(size, window, dtype):
+    """It would keep all scores of a chain. Where no other kernel serves, PyTorch raises here."""
+    windows = frozenset({window})
+    needs = skip_unless_served("sdpa", dtype=dtype, head_dims=frozenset({size}), windows=windows)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        assert kernel_check.find_fault(attention.BACKENDS["sdpa"], needs) is None
 
 
 def model_options(size):

@@ -284,6 +284,39 @@ def test_nested_branches():
     assert_all_ways_equal(tree, sliding_window=3, softcap=2.0, sinks=True)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_heads_are_repeated_where_no_fused_kernel_takes_groups(monkeypatch, window):
+    function, heads = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(q, k, v, **options):
+        heads.append((q.shape[1], k.shape[1], v.shape[1], options["enable_gqa"]))
+        return function(q, k, v, **options)
+
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(sdpa, "served_on_cpu", lambda *inputs: False)
+    tree = tree_of_rows([[1, 2, 3, 4], [1, 2, 5, 6]])
+    for takes_groups, want in ((True, (4, 2, 2, True)), (False, (4, 4, 4, False))):
+        heads.clear()
+        monkeypatch.setattr(sdpa, "_takes_groups", lambda *call, answer=takes_groups: answer)
+        assert_all_ways_equal(tree, sliding_window=window)
+        assert set(heads) == {want}
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_pytorch_is_asked_on_cuda(monkeypatch, answer):
+    """With the tensors of the call itself: it knows GPUs, head sizes, and what the user allows."""
+
+    class OnCuda:
+        is_cuda = True
+
+    q, k, v, mask = OnCuda(), object(), object(), object()
+    asked = []
+    monkeypatch.setattr(sdpa, "SDPAParams", lambda *params: params)
+    monkeypatch.setattr(sdpa, "can_use_flash_attention", lambda x: asked.append(x) or answer)
+    assert sdpa._takes_groups(q, k, v, mask, 0.1, False) == answer
+    assert asked == [(q, k, v, mask, 0.1, False, True)]
+
+
 def test_the_cpu_kernel_is_what_runs(monkeypatch):
     """Plain attention in one type and one head size; everything else goes chain by chain."""
     calls = []

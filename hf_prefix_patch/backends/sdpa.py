@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from hf_prefix_patch.backends.base import (
     Backend,
@@ -174,12 +175,11 @@ def _fused(
     align = m - n if window is None and 1 < n < m <= 2 * n else 0
     causal = window is None and (n == m or align > 0)
     mask = None if causal or (n == 1 and window is None) else _visible(n, m, window, q.device)
-    # Off the CPU, a mask or fp32 together with grouped queries leaves only the math kernel.
-    grouped = q.device.type == "cpu" or (mask is None and q.dtype != torch.float32)
-    if not grouped:
+    aligned = F.pad(q, (0, 0, align, 0)) if align else q
+    if not _takes_groups(aligned, k, v, mask, dropout, causal):
         k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     output = F.scaled_dot_product_attention(
-        F.pad(q, (0, 0, align, 0)) if align else q,
+        aligned,
         k,
         v,
         attn_mask=mask,
@@ -189,6 +189,20 @@ def _fused(
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return output[:, :, align:]
+
+
+def _takes_groups(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool
+) -> bool:
+    """Whether a fused kernel takes keys and values of fewer heads.
+
+    On CUDA only FlashAttention does, and what it does not serve (a mask, fp32, GPUs before Ampere,
+    heads of more than 256) is left to the math kernel, which keeps all scores; on other devices
+    that depends on the release of torch.
+    """
+    if q.is_cuda:
+        return can_use_flash_attention(SDPAParams(q, k, v, mask, dropout, causal, True))
+    return q.device.type == "cpu"
 
 
 def _explicit(
