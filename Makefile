@@ -15,7 +15,7 @@ CORE := $(addprefix tests/test_,$(addsuffix .py, \
 # Where the wheel is installed with nothing but what it asks for.
 BARE := .venv-package
 
-.PHONY: demo test coverage long test-versions package lint format bench models messages picture docs clean
+.PHONY: demo test coverage long rehearse test-versions package lint format bench models messages picture docs clean
 
 demo: $(READY)
 	$(BIN)/python -W ignore::FutureWarning examples/demo.py
@@ -30,6 +30,16 @@ coverage: $(READY)
 # Random batches at length: some minutes.
 long: $(READY)
 	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_properties.py
+
+# The tests marked gpu, on a CUDA device that the CPU plays. Needs Linux and a C++ compiler.
+rehearse: $(VENV)/played.so
+	LD_PRELOAD=$(abspath $<) PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 \
+		-p played.plugin -W ignore tests/test_gpu.py
+
+$(VENV)/played.so: tests/played/device.cpp $(READY)
+	torch=$$($(BIN)/python -c 'import torch; print(*torch.__path__)') && \
+	$(CXX) -std=c++20 -shared -fPIC -I$$torch/include $< \
+		-L$$torch/lib -Wl,-rpath,$$torch/lib -lc10 -ltorch_cpu -o $@
 
 test-versions: $(OTHERS:%=test-%)
 

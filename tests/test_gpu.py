@@ -355,6 +355,20 @@ def planned_batches(layout):
         }
 
 
+def test_what_the_tests_of_devices_rest_on():
+    """A tensor left on the host, and a wait, do raise here."""
+    x, y = torch.ones(2, device="cuda"), torch.ones(2)
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        x + y
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for waits in (x.tolist, x.cpu, y.cuda, lambda: x[x > 0], lambda: bool(x.all())):
+            with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
+                waits()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("layout", ["rows", "packed"])
 def test_planned_calls_never_wait_for_the_device(layout):
     """torch raises at whatever waits, from the copy of the batch to the end of backward."""

@@ -73,10 +73,10 @@ def varlen_attention(
         scores = queries @ keys.transpose(1, 2) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        at = torch.arange(n)[:, None] + m - n
-        key = torch.arange(m)
+        at = torch.arange(n, device=q.device)[:, None] + m - n
+        key = torch.arange(m, device=q.device)
         seen = (key >= at - left if left >= 0 else True) & (
-            key <= at + right if right >= 0 else torch.ones(n, m, dtype=torch.bool)
+            key <= at + right if right >= 0 else torch.ones(n, m, dtype=torch.bool, device=q.device)
         )
         scores = scores.masked_fill(~seen, -torch.inf)
         if sinks is not None:
