@@ -31,12 +31,15 @@ coverage: $(READY)
 long: $(READY)
 	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_properties.py
 
-# The tests marked gpu, on a CUDA device that the CPU plays. Needs Linux and a C++ compiler.
+# The tests marked gpu, on a CUDA device that the CPU plays. Needs Linux, a C++ compiler and a CPU
+# build of torch: others have hooks of their own.
 rehearse: $(VENV)/played.so
 	LD_PRELOAD=$(abspath $<) PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 \
 		-p played.plugin -W ignore tests/test_gpu.py
 
 $(VENV)/played.so: tests/played/device.cpp $(READY)
+	@$(BIN)/python -c 'import sys, torch; sys.exit((torch.version.cuda or torch.version.hip) and \
+		f"make rehearse needs a CPU build of torch, and this is {torch.__version__}")'
 	torch=$$($(BIN)/python -c 'import torch; print(*torch.__path__)') && \
 	$(CXX) -std=c++20 -shared -fPIC -I$$torch/include $< \
 		-L$$torch/lib -Wl,-rpath,$$torch/lib -lc10 -ltorch_cpu -o $@

@@ -175,8 +175,8 @@ def _device(name: str | None) -> torch.device:
         names += [found.type, *numbered]
     if name not in names:
         raise ValueError(
-            f"device is {name!r}, but this PyTorch sees only {names}; give one of these, or "
-            "install a build of PyTorch for that device"
+            f"device is {name!r}, but this PyTorch sees only {names}; give one of these, or check "
+            "the driver, CUDA_VISIBLE_DEVICES and the build of PyTorch"
         )
     return torch.device(name)
 

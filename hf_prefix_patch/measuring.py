@@ -40,11 +40,11 @@ def peak_of(call: Callable[[], Any], device: torch.device) -> int:
         peak = memory.peak
         return peak
     _wait_for(device)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     call()
     _wait_for(device)
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated(device) - before
     return peak
 
 

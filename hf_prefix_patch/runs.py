@@ -257,7 +257,7 @@ def _checkpoint_evaluated(
 def random_state(device: torch.device) -> list[Tensor]:
     """Of the generators that layers on a device draw from."""
     states = [torch.random.get_rng_state()]
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):
         of_one = () if device.type == "mps" else (device,)  # of which there is one at most
         states.append(torch.get_device_module(device).get_rng_state(*of_one))
     return states

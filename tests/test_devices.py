@@ -20,7 +20,7 @@ from hf_prefix_patch.comparison import compare_sharing
 
 
 class WithoutDoubles(TorchFunctionMode):
-    """Tensors that have not come through `cpu()` must not be fp64, nor anything made of them."""
+    """Only what came through `cpu()`, and what is made of that alone, may be fp64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -33,7 +33,7 @@ class WithoutDoubles(TorchFunctionMode):
             result.on_host = True
             return result
         for x in made:
-            x.on_host = any(getattr(y, "on_host", False) for y in given)
+            x.on_host = bool(given) and all(getattr(y, "on_host", False) for y in given)
             if x.dtype == torch.float64 and not x.on_host:
                 raise TypeError("Cannot convert a tensor to float64, which this device lacks")
         return result

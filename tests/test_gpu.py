@@ -20,6 +20,8 @@ from hf_prefix_patch import (
     selection,
 )
 from hf_prefix_patch.backends.base import Needs
+from hf_prefix_patch.commands.verify import random_pairs
+from hf_prefix_patch.comparison import compare_sharing
 from hf_prefix_patch.packed import LOSS_INPUTS
 from hf_prefix_patch.reference import duplicated_rows_attention
 
@@ -333,6 +335,14 @@ def test_images(family):
                 assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
     assert (sharing.stats.calls, sharing.stats.bypassed) == (2, {})
     assert sharing.stats.packed_tokens == 2 * (9 + 9 + 10)
+
+
+def test_comparison():
+    """What `hf-prefix-patch verify` runs: time and memory of the device, random states, verdict."""
+    model = tiny_model(**model_options(64)).cuda()
+    batch = DataCollatorWithPrefixSharing(pad_token_id=0)(random_pairs(model.config, 2, 48, 0))
+    found = compare_sharing(model, send_to_device(batch, torch.device("cuda")))
+    assert found.verdict == "equal", found.mismatches
 
 
 def flat(results):

@@ -17,6 +17,8 @@ from hf_prefix_patch.backends.base import as_tensor, chain_blocks, segment_block
 from hf_prefix_patch.measuring import TensorMemory
 from hf_prefix_patch.reference import duplicated_rows_attention
 
+aten = torch.ops.aten
+
 
 def attend(tree, inputs, **options):
     plan = sdpa.SDPA.plan(tree, None)
@@ -381,7 +383,7 @@ class Zeros(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **kwargs or {})
-        if func in (torch.ops.aten.slice_backward.default, torch.ops.aten.zeros.default):
+        if func in (aten.slice_backward.default, aten.zeros.default, aten.new_zeros.default):
             self.elements += output.numel()
         return output
 
@@ -397,13 +399,24 @@ def test_backward_fills_no_whole_tensor_for_each_chain(options, length):
     with Zeros() as zeros:
         output.backward(torch.ones_like(output))
     keys_and_values, aligned_queries = 2 * inputs[1].numel(), 2 * inputs[0].numel()
-    # Chunks under a window take keys of the chain before them as well.
-    assert 0 < zeros.elements <= 2 * keys_and_values + aligned_queries
+    # Slices of the row, and under a window of each chain, in a group or two each.
+    assert 0 < zeros.elements <= 5 * keys_and_values + aligned_queries
 
 
-def test_gradients_of_a_slice_are_added_in_fp32():
+def test_gradients_of_slices_are_not_kept_until_all_are_there():
+    """Eight chunks of 256 queries see 1,279 keys each: no more than a few times the keys."""
+    tree = tree_of_rows([list(range(2048))])
+    inputs = packed_inputs(tree, heads=4, kv_heads=4)
+    output = attend(tree, inputs, sliding_window=1023)
+    with TensorMemory() as memory:
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+    keys = inputs[1].numel() * inputs[1].element_size()
+    assert memory.peak <= 8 * keys
+
+
+def test_gradients_of_slices_are_added_in_fp32():
     x = torch.randn(1, 2, 6, 4).bfloat16().requires_grad_()
-    pieces = sdpa._slices(x, [(0, 4), *[(1, 3)] * 50, (2, 6)])
+    pieces = sdpa._Slices.apply(x, [(0, 4), *[(1, 3)] * 50, (2, 6)])
     grads = [torch.randn(piece.shape).bfloat16() for piece in pieces]
     want = torch.zeros(1, 2, 6, 4)
     want[:, :, :4] += grads[0]
@@ -411,6 +424,21 @@ def test_gradients_of_a_slice_are_added_in_fp32():
     want[:, :, 1:3] += torch.stack(grads[1:-1]).float().sum(0)
     (got,) = torch.autograd.grad(pieces, x, grads)
     torch.testing.assert_close(got, want.bfloat16(), atol=0, rtol=2**-8)
+
+
+def test_slices_in_other_kinds_of_differentiation():
+    """Batched gradients, second derivatives, forward mode, and pieces of which some are unused."""
+    tree = tree_of_rows([[1, 2, 3, 4, 5], [1, 2, 6, 7, 8], [1, 9, 9, 9, 9]])
+    inputs = packed_inputs(tree)
+    options = {"sliding_window": 3, "softcap": 2.0}
+
+    def function(*inputs):
+        return attend(tree, inputs, **options)[:, :-1]
+
+    assert torch.autograd.gradcheck(
+        function, inputs, check_batched_grad=True, check_forward_ad=True, fast_mode=True
+    )
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

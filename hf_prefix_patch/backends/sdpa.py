@@ -106,13 +106,12 @@ def _attend_chains(
     ]
     chains = torch.split(query, [length for length, _ in paths], dim=2)
     stretches = [stretch for _, path in paths for stretch in path]
-    keys, values = (iter(_slices(x, stretches)) for x in (key, value))
+    keys, values = (_slices(x, stretches) for x in (key, value))
     outputs = []
     for q, (_, path) in zip(chains, paths, strict=True):
         k, v = (_join([next(pieces) for _ in path]) for pieces in (keys, values))
         narrow = window if window is not None and window < k.shape[2] else None
-        parts = [(q, k, v)] if narrow is None else _chunks(q, k, v, narrow)
-        for inputs in parts:
+        for inputs in [(q, k, v)] if narrow is None else _chunks(q, k, v, narrow):
             if softcap is None and sinks is None:
                 output = _fused(*inputs, scaling, dropout, narrow)
             else:
@@ -121,20 +120,39 @@ def _attend_chains(
     return torch.cat(outputs, dim=1)
 
 
-def _chunks(q: Tensor, k: Tensor, v: Tensor, window: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, window: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries of a chain part by part, each with the keys that its window reaches."""
     chunks = torch.split(q, _CHUNK, dim=2)
     stops = accumulate((x.shape[2] for x in chunks), initial=k.shape[2] - q.shape[2])
     reach = [(max(0, start - window + 1), stop) for start, stop in pairwise(stops)]
-    return list(zip(chunks, _slices(k, reach), _slices(v, reach), strict=True))
+    return zip(chunks, _slices(k, reach), _slices(v, reach), strict=True)
 
 
 def _join(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def _slices(x: Tensor, stretches: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """Stretches of the tokens of `[1, heads, N, D]`, which may overlap."""
+def _slices(x: Tensor, stretches: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+    """Stretches of the tokens of `[1, heads, N, D]`, which may overlap.
+
+    Backward adds the gradients of those that are together no longer than `x` at once: more of them
+    would be kept until the last one is there. To be taken one by one, each right before it is used,
+    as autograd begins with what was made last.
+    """
+    group: list[tuple[int, ...]] = []
+    room = x.shape[2]
+    for start, stop in stretches:
+        if stop - start > room:
+            yield from _group(x, group)
+            group, room = [], x.shape[2]
+        group.append((start, stop))
+        room -= stop - start
+    yield from _group(x, group)
+
+
+def _group(x: Tensor, stretches: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
     if len(stretches) == 1:
         return (x[:, :, slice(*stretches[0])],)
     pieces: tuple[Tensor, ...] = _Slices.apply(x, stretches)  # type: ignore[no-untyped-call]
@@ -152,17 +170,24 @@ class _Slices(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, ctx.stretches = inputs
-        ctx.like = {"size": x.shape, "dtype": x.dtype, "device": x.device}
+        ctx.size, ctx.dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-        dtype = torch.promote_types(ctx.like["dtype"], torch.float32)
-        total = torch.zeros(**ctx.like | {"dtype": dtype})
-        for stretch, grad in zip(ctx.stretches, grads, strict=True):
-            if grad is not None:
-                total[:, :, slice(*stretch)] += grad
-        return total.to(ctx.like["dtype"]), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        pairs = [(x, slice(*y)) for x, y in zip(grads, ctx.stretches, strict=True) if x is not None]
+        if not pairs:
+            return None, None
+        # Made of a gradient: `is_grads_batched` has another dimension in them all.
+        dtype = torch.promote_types(ctx.dtype, torch.float32)
+        total = pairs[0][0].new_zeros(ctx.size, dtype=dtype)
+        for grad, stretch in pairs:
+            total[:, :, stretch] += grad
+        return total.to(ctx.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, ...]:
+        return tuple(tangent[:, :, slice(*stretch)] for stretch in ctx.stretches)
 
 
 def _fused(
@@ -197,8 +222,8 @@ def _takes_groups(
     """Whether a fused kernel takes keys and values of fewer heads.
 
     On CUDA only FlashAttention does, and what it does not serve (a mask, fp32, GPUs before Ampere,
-    heads of more than 256) is left to the math kernel, which keeps all scores; on other devices
-    that depends on the release of torch.
+    heads of more than 256) is left to the math kernel, which keeps all scores. What other GPUs do
+    depends on the release of torch.
     """
     if q.is_cuda:
         return can_use_flash_attention(SDPAParams(q, k, v, mask, dropout, causal, True))

@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,9 +118,10 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _check_devices(func: Any, given: list[Tensor]) -> None:
-    """Scalars, indices and what is copied may be on another device."""
+    """Scalars, indices and what is copied may be on the host."""
     host = [list(x.shape) for x in given if not isinstance(x, Played) and x.ndim]
-    if host and func not in _COPIES | _INDEXED:
+    indexed = func in _INDEXED and isinstance(given[0], Played)
+    if host and func not in _COPIES and not indexed:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
             f"and cpu! (those of {host} given to {func})"
@@ -201,31 +201,6 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_sdpa = F.scaled_dot_product_attention
-
-
-def _attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
-    """The function that chooses a kernel asks CUDA's own."""
-    if not query.is_cuda:
-        options = {"scale": scale, "enable_gqa": enable_gqa}
-        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-        query, key, value = (x.to(dtype) for x in (query, key, value))
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
-            ~attn_mask, -torch.inf
-        )
-    output, _ = aten._scaled_dot_product_attention_math(
-        *(query, key, value, attn_mask, dropout_p, is_causal, None),
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )
-    return output
-
-
 _CUDA = {
     "_lazy_init": lambda: None,
     "is_initialized": lambda: True,
@@ -237,6 +212,9 @@ _CUDA = {
     "is_bf16_supported": lambda *args, **kwargs: True,
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
+    "memory_allocated": lambda device=None: 0,
+    "max_memory_allocated": lambda device=None: 0,
+    "reset_peak_memory_stats": lambda device=None: None,
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     "manual_seed_all": lambda seed: None,
@@ -250,7 +228,6 @@ def played() -> Iterator[None]:
     with ExitStack() as stack:
         for name, function in _CUDA.items():
             stack.enter_context(patch.object(torch.cuda, name, function))
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         stack.enter_context(patch.object(planned, "type", _type, create=True))
         future = torch.__future__
         swaps = future.get_swap_module_params_on_conversion()

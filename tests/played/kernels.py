@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import varlen_emulator
 from torch import Tensor
 from torch.nn.attention import varlen
@@ -29,6 +30,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "_compiled_flex", lambda: flex_attention)
     monkeypatch.setattr(sdpa, "SDPAParams", lambda *params: params)
     monkeypatch.setattr(sdpa, "can_use_flash_attention", flash_serves)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", scaled_dot_product_attention)
     flash = _in_fp32(_flash_2)
     functions = (_of_rows(flash), flash, None, hf_flash._pad_input, hf_flash._unpad_input)
     monkeypatch.setattr(hf_flash, "_lazy_imports", lambda *args, **kwargs: functions)
@@ -70,6 +72,36 @@ def _of_rows(flash: Any) -> Any:
         return output.unflatten(0, (rows, length))
 
     return kernel
+
+
+_real_attention = F.scaled_dot_product_attention
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """Which kernel PyTorch's own takes is asked of CUDA: a fused one here, unless keys have fewer
+    heads than its memory-efficient one needs."""
+    if not query.is_cuda:
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return _real_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    grouped = query.shape[-3] != key.shape[-3]
+    assert enable_gqa or not grouped
+    fused = not grouped or flash_serves((query, key, value, attn_mask))
+    if not fused and not torch.backends.cuda.math_sdp_enabled():
+        raise RuntimeError("No available kernel. Aborting execution.")
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = scores.masked_fill(~attn_mask, -torch.inf)
+    output, _ = torch.ops.aten._scaled_dot_product_attention_math(
+        *(query, key, value, attn_mask, dropout_p, is_causal, None),
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+    return output
 
 
 def flash_serves(params: tuple[Any, ...]) -> bool:
