@@ -4,7 +4,8 @@
 
 A case `PxRxG` is one prompt of P tokens with G responses of R, equally long rows without padding.
 The unshared call is the fastest there is for them: causal without a mask, keys of grouped queries
-not repeated, on CUDA the variable-length kernel and installed flash implementations as well.
+repeated only where no fused kernel takes them as they are, on CUDA the variable-length kernel and
+installed flash implementations as well.
 Forward and backward. The ideal is the ratio of visible (query, key) pairs; it ends below that of
 tokens, which the rest of a decoder sees.
 """
@@ -37,6 +38,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from hf_prefix_patch import PrefixTree, versions
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Backend, Needs
+from hf_prefix_patch.backends.sdpa import repeat_heads, takes_groups
 from hf_prefix_patch.kernel_check import AttentionStandIn, kernel_fault
 from hf_prefix_patch.measuring import peak_of, seconds_of
 from hf_prefix_patch.selection import unserved
@@ -224,7 +226,9 @@ def unshared_calls(
     q, k, v = inputs
 
     def sdpa() -> Tensor:
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        grouped = takes_groups(q, k, v, None, 0.0, causal=True)
+        keys, values = (x if grouped else repeat_heads(x, q.shape[1]) for x in (k, v))
+        output = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=grouped)
         return output.transpose(1, 2)
 
     calls: dict[str, Callable[[], Tensor]] = {"unshared sdpa": sdpa}

@@ -201,8 +201,8 @@ def _fused(
     causal = window is None and (n == m or align > 0)
     mask = None if causal or (n == 1 and window is None) else _visible(n, m, window, q.device)
     aligned = F.pad(q, (0, 0, align, 0)) if align else q
-    if not _takes_groups(aligned, k, v, mask, dropout, causal):
-        k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    if not takes_groups(aligned, k, v, mask, dropout, causal):
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     output = F.scaled_dot_product_attention(
         aligned,
         k,
@@ -216,7 +216,7 @@ def _fused(
     return output[:, :, align:]
 
 
-def _takes_groups(
+def takes_groups(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool
 ) -> bool:
     """Whether a fused kernel takes keys and values of fewer heads.
@@ -241,7 +241,7 @@ def _explicit(
     sinks: Tensor | None,
 ) -> Tensor:
     """Attention with explicit scores, for what the fused kernels have no argument for."""
-    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     scores = q @ k.transpose(2, 3) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -261,7 +261,7 @@ def _visible(n: int, m: int, window: int | None, device: torch.device) -> Tensor
     return mask if window is None else mask.triu(m - n - window + 1)
 
 
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
