@@ -10,9 +10,11 @@ import torch
 from played.device import played
 from played.kernels import install
 
-if torch.accelerator.current_accelerator() is None:
-    raise pytest.UsageError("played.so is not preloaded; run `make rehearse`")
-torch.cuda.is_available = lambda: True  # before tests are skipped for want of one
+
+def pytest_configure(config):
+    if torch.accelerator.current_accelerator() is None:
+        raise pytest.UsageError("played.so is not preloaded; run `make rehearse`")
+    torch.cuda.is_available = lambda: True  # before tests are skipped for want of one
 
 
 @pytest.hookimpl(wrapper=True)
