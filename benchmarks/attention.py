@@ -38,7 +38,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from hf_prefix_patch import PrefixTree, versions
 from hf_prefix_patch.attention import BACKENDS
 from hf_prefix_patch.backends.base import Backend, Needs
-from hf_prefix_patch.backends.sdpa import repeat_heads, takes_groups
+from hf_prefix_patch.backends.sdpa import fit_heads
 from hf_prefix_patch.kernel_check import AttentionStandIn, kernel_fault
 from hf_prefix_patch.measuring import peak_of, seconds_of
 from hf_prefix_patch.selection import unserved
@@ -226,8 +226,8 @@ def unshared_calls(
     q, k, v = inputs
 
     def sdpa() -> Tensor:
-        grouped = takes_groups(q, k, v, None, 0.0, causal=True)
-        keys, values = (x if grouped else repeat_heads(x, q.shape[1]) for x in (k, v))
+        keys, values = fit_heads(q, k, v, None, 0.0, causal=True)
+        grouped = q.shape[1] != keys.shape[1]
         output = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=grouped)
         return output.transpose(1, 2)
 

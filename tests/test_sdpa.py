@@ -299,7 +299,7 @@ def test_heads_are_repeated_where_no_fused_kernel_takes_groups(monkeypatch, wind
     tree = tree_of_rows([[1, 2, 3, 4], [1, 2, 5, 6]])
     for takes_groups, want in ((True, (4, 2, 2, True)), (False, (4, 4, 4, False))):
         heads.clear()
-        monkeypatch.setattr(sdpa, "takes_groups", lambda *call, answer=takes_groups: answer)
+        monkeypatch.setattr(sdpa, "_takes_groups", lambda *call, answer=takes_groups: answer)
         assert_all_ways_equal(tree, sliding_window=window)
         assert set(heads) == {want}
 
@@ -315,7 +315,7 @@ def test_pytorch_is_asked_on_cuda(monkeypatch, answer):
     asked = []
     monkeypatch.setattr(sdpa, "SDPAParams", lambda *params: params)
     monkeypatch.setattr(sdpa, "can_use_flash_attention", lambda x: asked.append(x) or answer)
-    assert sdpa.takes_groups(q, k, v, mask, 0.1, False) == answer
+    assert sdpa._takes_groups(q, k, v, mask, 0.1, False) == answer
     assert asked == [(q, k, v, mask, 0.1, False, True)]
 
 

@@ -271,7 +271,7 @@ def test_bad_input(folder, verified, tmp_path, monkeypatch):
         ((weightless,), "could not be loaded (OSError: Error no file named"),
         ((folder, "--data", parts, "--tokenizer", talking), "(raised for "),
         ((folder, "--device", "cuda:99"), "device is 'cuda:99', but this PyTorch sees only"),
-        ((folder, "--device", "gpu"), "sees only ['cpu'"),
+        ((folder, "--device", "gpu"), "device is 'gpu', but this PyTorch sees only ['cpu'"),
         ((folder, "--device", "meta"), "device is 'meta', but this PyTorch sees only"),
         ((folder, "--data", ""), "an empty string is given, but must be a path or a name"),
         ((folder, "--tokenizer", folder), "but random tokens need none; give --data too"),

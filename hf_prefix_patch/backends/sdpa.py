@@ -187,7 +187,7 @@ class _Slices(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, ...]:
-        return tuple(tangent[:, :, slice(*stretch)] for stretch in ctx.stretches)
+        return _Slices.forward(tangent, ctx.stretches)
 
 
 def _fused(
@@ -201,8 +201,7 @@ def _fused(
     causal = window is None and (n == m or align > 0)
     mask = None if causal or (n == 1 and window is None) else _visible(n, m, window, q.device)
     aligned = F.pad(q, (0, 0, align, 0)) if align else q
-    if not takes_groups(aligned, k, v, mask, dropout, causal):
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    k, v = fit_heads(aligned, k, v, mask, dropout, causal)
     output = F.scaled_dot_product_attention(
         aligned,
         k,
@@ -216,7 +215,16 @@ def _fused(
     return output[:, :, align:]
 
 
-def takes_groups(
+def fit_heads(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Keys and values, their heads repeated where no fused kernel takes fewer than of queries."""
+    if q.shape[1] == k.shape[1] or _takes_groups(q, k, v, mask, dropout, causal):
+        return k, v
+    return _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+
+
+def _takes_groups(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool
 ) -> bool:
     """Whether a fused kernel takes keys and values of fewer heads.
@@ -241,7 +249,7 @@ def _explicit(
     sinks: Tensor | None,
 ) -> Tensor:
     """Attention with explicit scores, for what the fused kernels have no argument for."""
-    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     scores = q @ k.transpose(2, 3) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -261,7 +269,7 @@ def _visible(n: int, m: int, window: int | None, device: torch.device) -> Tensor
     return mask if window is None else mask.triu(m - n - window + 1)
 
 
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 

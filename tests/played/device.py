@@ -203,20 +203,16 @@ class _Functions(TorchFunctionMode):
 
 _CUDA = {
     "_lazy_init": lambda: None,
-    "is_initialized": lambda: True,
     "device_count": lambda: 1,
-    "current_device": lambda: 0,
     "set_device": lambda device: None,
     "get_device_capability": lambda device=None: (9, 0),
     "get_device_name": lambda device=None: "a CPU that plays CUDA",
     "is_bf16_supported": lambda *args, **kwargs: True,
-    "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
     "memory_allocated": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 0,
     "reset_peak_memory_stats": lambda device=None: None,
     "get_rng_state": lambda device=None: torch.get_rng_state(),
-    "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     "manual_seed_all": lambda seed: None,
     "set_sync_debug_mode": lambda mode: _debug_mode.__setitem__(0, mode),
 }
