@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # Other releases, each a file in constraints/, and the tests that run with them.
 OTHERS := trl-0.18 trl-0.24 transformers-5.24
 CORE := $(addprefix tests/test_,$(addsuffix .py, \
-	attention collator logps packed parity patch peft planned sampler selection support \
+	attention collator documents logps packed parity patch peft planned sampler selection support \
 	tokenization trainer tree trl varlen verify versions))
 
 # Where the wheel is installed with nothing but what it asks for.

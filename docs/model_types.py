@@ -116,7 +116,10 @@ def page(found: list[Status]) -> str:
         f"model's gradients. Both must stay within {TOLERANCE:.0e}. *Leak* is what the log-prob of "
         "the second row of a pair changes by in the same measure when the plan is a wrong one, in "
         f"which rows see each other: a comparison that would show less than {LEAST_LEAK:.0e} is "
-        "not counted as shared.",
+        "not counted as shared. *Documents*: what becomes of the rows when they stand one after "
+        "another in one row, told apart by their positions: they are shared, held to the same "
+        "tolerance, or run as they are, because the unpatched model looks across them or does not "
+        "take positions.",
         "",
         "A checkpoint may have other kinds of layers than the default config of its type, and is "
         "then refused or verified by its own config.",
@@ -130,11 +133,12 @@ def page(found: list[Status]) -> str:
 
 def _table(kind: str, rows: list[Status]) -> Iterator[str]:
     figures = kind in (SHARED, WRONG)
-    yield "| type | class |" + (" log-probs | gradients | leak |" if figures else "") + " notes |"
-    yield "|---|---|" + ("--:|--:|--:|" if figures else "") + "---|"
+    titles = " log-probs | gradients | leak | documents |" if figures else ""
+    yield f"| type | class |{titles} notes |"
+    yield "|---|---|" + ("--:|--:|--:|---|" if figures else "") + "---|"
     for row in sorted(rows, key=lambda row: row.model_type):
-        numbers = f" {row.logps:.0e} | {row.gradients:.0e} | {row.leak:.0e} |" if figures else ""
-        cells = f"| {row.model_type} | {MODEL_TYPES[row.model_type]} |{numbers}"
+        numbers = f" {row.logps:.0e} | {row.gradients:.0e} | {row.leak:.0e} | {row.documents} |"
+        cells = f"| {row.model_type} | {MODEL_TYPES[row.model_type]} |{numbers if figures else ''}"
         yield f"{cells} {_note(row)} |".replace("|  |", "| |")
 
 

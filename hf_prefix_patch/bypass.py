@@ -19,6 +19,8 @@ from hf_prefix_patch.features import has_neftune, is_causal, is_known_attention
 CACHE_BY_DEFAULT = "key/value cache by default"
 LAYERS_CHANGED = "layers or layer types changed after enabling"
 
+DOCUMENTS = "several documents in a row"
+
 _POSITIONS = "pass integers of the shape of input_ids, counted from 0 in each row"
 _TEXT_ALONE = "give rows of text alone: images that a model takes in this way cannot be shared"
 _UNSHARED = "call without this adapter; as it is, such a call is for rows, not for tokens"
@@ -35,8 +37,13 @@ ADVICE = {
     "position_ids that are not [rows, length]": _POSITIONS,
     "position_ids that are not integers": _POSITIONS,
     "negative position_ids": _POSITIONS,
-    "several documents in a row": "give each document a row of its own, with packing=False and "
-    "padding_free=False",
+    "position_ids that jump": "count from 0 in each document",
+    DOCUMENTS: "give each document a row of its own, with packing=False and padding_free=False; or "
+    "leave verify=True, which finds out whether this model keeps them apart",
+    "boundaries of documents that are not those of position_ids": "leave out cu_seq_lens_q, "
+    "cu_seq_lens_k and seq_idx, or count position_ids from 0 in each document",
+    "several documents in a row, and a cache": "pass use_cache=False, or set it in the model's "
+    "config: beside a cache, even one that is not read, transformers may not keep documents apart",
     "input '...' beside the text": _TEXT_ALONE,
     "output_attentions": "ask for attention weights in a separate call",
     "input '...'": "leave it out of the call, if the model does without; docs/trainers.md lists "
@@ -76,6 +83,9 @@ KNOWN_INPUTS |= {"return_dict", "labels", "shift_labels", "num_items_in_batch"}
 # What trainers and heads hand a decoder stack although it is for the head or the loss. A stack that
 # has a parameter of this name reads it (Gemma 4 computes some layers for `logits_to_keep` alone).
 PASSED_THROUGH = {"logits_to_keep", "margin"}
+
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What layers may be told of several documents in a row, which their positions say too."""
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """What composite models are told of their tokens: whether they stand for text or for an image."""
@@ -128,12 +138,12 @@ def _bypass_reasons(
         yield "position_ids that are not [rows, length]"
     elif positions is not None and positions.is_floating_point():
         yield "position_ids that are not integers"
-    elif mask is None and positions is not None and bool((positions.diff(dim=-1) != 1).any()):
-        yield "several documents in a row"
     asked = inputs.get("output_attentions")
     if getattr(config, "output_attentions", False) if asked is None else asked:
         yield "output_attentions"
     known = KNOWN_INPUTS
+    if mask is None and positions is not None:
+        known = known.union(BOUNDARIES)
     if config is not backbone.config:
         known = known.union(TOKEN_TYPES, _options(backbone, inputs))
     for name, x in inputs.items():

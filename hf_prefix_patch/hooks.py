@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import EMPTY_MASK
 from hf_prefix_patch.backends.base import Needs
-from hf_prefix_patch.bypass import CACHE_BY_DEFAULT, advice, bypass_reason
+from hf_prefix_patch.bypass import CACHE_BY_DEFAULT, DOCUMENTS, advice, bypass_reason
 from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embeddings
 from hf_prefix_patch.config_views import Views
+from hf_prefix_patch.documents import documents_reason, without_boundaries
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
 from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors, not_packed
 from hf_prefix_patch.media import Shown, media_of
@@ -66,6 +67,8 @@ class BackbonePatch:
         self._seen: dict[State, Seen] = {}
         self.last: Selection | None = None  # of the last shared call
         self._selections: dict[tuple[str, Needs], Selection] = {}
+        # Attention implementation in which documents in one row were seen not to see one another.
+        self.documents_apart_in: str | None = None
         self.stats = SharingStats()
         self.warned: set[str] = set()
         self.unshared_training_calls: int | None = 0  # None once something was shared
@@ -236,6 +239,7 @@ def pack_rows(
     if plan.reason is not None and not packed:
         patch.bypass(plan.reason, training=training)
         return tuple(map(plain, args)), {name: plain(x) for name, x in kwargs.items()}
+    inputs = without_boundaries(inputs)
     if decoder is not backbone:
         if packed:
             inputs["position_ids"] = plan.on(inputs["input_ids"].device).position_ids
@@ -267,6 +271,11 @@ def _plan_rows(
         plan, times = recall_plan([shown.tell_apart(ids), *rows[1:]]), shown.times
     else:
         plan = plan_of(inputs) or recall_plan(rows)
+    if plan.reason is None:
+        reason = documents_reason(decoder, inputs, plan, patch.documents_apart_in)
+        if media and plan.documents is not None:
+            reason = DOCUMENTS
+        plan = plan if reason is None else Plan(None, reason)
     config = decoder.config
     if plan.reason is None and rope_depends_on_length(config) and plan.padded_beyond:
         plan = Plan(None, "rotary frequencies that depend on padding")

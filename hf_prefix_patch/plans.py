@@ -28,6 +28,7 @@ class Plan:
         reason: why the rows must run as they are; None if they can be packed.
         padded_beyond: whether a padded cell has a larger position than every token.
         padded_before: whether a row begins with padding.
+        documents: the cells in which documents begin, where rows hold several; else None.
         largest_id, largest_position: of the real tokens; -1 where there is no tree, or they were
             not looked at.
     """
@@ -36,6 +37,7 @@ class Plan:
     reason: str | None
     padded_beyond: bool = False
     padded_before: bool = False
+    documents: np.ndarray | None = None
     largest_id: int = -1
     largest_position: int = -1
     _moved: dict[torch.device, PrefixTree] = field(default_factory=dict)
@@ -54,7 +56,11 @@ class Plan:
 
     @classmethod
     def of_host_rows(
-        cls, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray | None = None
+        cls,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        positions: np.ndarray | None = None,
+        documents: np.ndarray | None = None,
     ) -> Plan:
         """The same for arrays as `host_rows` returns them."""
         if has_holes(mask):
@@ -63,13 +69,17 @@ class Plan:
             return cls(None, "no real token")
         if positions is not None and positions[mask].min() < 0:
             return cls(None, "negative position_ids")
-        tree = PrefixTree.from_host_rows(ids, mask, positions)
+        if documents is not None and positions is not None and positions[documents].any():
+            return cls(None, "position_ids that jump")
+        tree = PrefixTree.from_host_rows(ids, mask, positions, documents)
         gains = tree.packed_tokens < tree.padded_tokens
         last = ids.shape[1] - 1 if positions is None else int(positions.max())
         largest = int(ids.reshape(-1)[tree.source.numpy()].max()), int(tree.position_ids.max())
         beyond = last > largest[1]
         before = bool((~mask[:, 0] & mask.any(axis=1)).any())
-        return cls(tree, None if gains else NOTHING_TO_GAIN, beyond, before, *largest)
+        reason = None if gains else NOTHING_TO_GAIN
+        starts = None if documents is None else np.flatnonzero(documents)
+        return cls(tree, reason, beyond, before, starts, *largest)
 
     def on(self, device: torch.device) -> PrefixTree:
         """The tree on the device of a call; moved once."""

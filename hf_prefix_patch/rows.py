@@ -23,10 +23,13 @@ def has_holes(mask: np.ndarray) -> bool:
 
 def host_rows(
     input_ids: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Ids int64, mask bool, positions int64 as `[R, L]` arrays; one copy from the device.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Ids int64, mask bool, positions int64, and bool where documents begin, as `[R, L]` arrays;
+    one copy from the device.
 
-    Positions are None, as given, where they are the columns.
+    Positions are None, as given, where they are the columns. Documents are None where each row is
+    one. Rows hold several where they come with positions and without a mask, as transformers reads
+    them: a position that does not follow the one before it begins a document.
     """
     ids = _as_rows("input_ids", input_ids)
     given = [ids]
@@ -43,7 +46,12 @@ def host_rows(
     host = torch.stack([x.to(device, torch.int64) for x in given]).cpu().numpy()
     rest = iter(host[1:])
     mask = next(rest).astype(bool) if attention_mask is not None else np.ones(ids.shape, bool)
-    return host[0], mask, next(rest, None)
+    positions = next(rest, None)
+    documents = None
+    if attention_mask is None and positions is not None:
+        starts = np.diff(positions, prepend=positions[:, :1]) != 1
+        documents = starts if starts.sum() > len(starts) else None
+    return host[0], mask, positions, documents
 
 
 def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor:

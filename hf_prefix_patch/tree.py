@@ -92,7 +92,9 @@ class PrefixTree:
             input_ids: `[R, L]` token ids in `[0, 2**31)` at real tokens.
             attention_mask: `[R, L]`, 1 or True at real tokens, which must be contiguous in each row
                 (any side of padding), and 0 in the padding. None: every token is real.
-            position_ids: `[R, L]` or `[1, L]` positions in `[0, 2**32)`. None: the column.
+            position_ids: `[R, L]` or `[1, L]` positions in `[0, 2**32)`. None: the column. Without
+                a mask, a position that does not follow the one before it begins a new document,
+                as transformers reads such rows; what documents begin with is shared as well.
 
         Returns:
             The plan, its tensors on the device of `input_ids`.
@@ -105,7 +107,7 @@ class PrefixTree:
         device = input_ids.device if isinstance(input_ids, Tensor) else torch.device("cpu")
         if attention_mask is not None:
             check_mask(attention_mask)
-        ids, mask, positions = host_rows(input_ids, attention_mask, position_ids)
+        ids, mask, positions, documents = host_rows(input_ids, attention_mask, position_ids)
         if has_holes(mask):
             raise ValueError(
                 "attention_mask has a padded cell between real tokens, but the real tokens of each "
@@ -117,7 +119,7 @@ class PrefixTree:
                 f"there is no real token in {mask.shape[0]} rows of {mask.shape[1]}, but a tree "
                 "needs at least one; leave empty batches out"
             )
-        return cls.from_host_rows(ids, mask, positions, device)
+        return cls.from_host_rows(ids, mask, positions, documents, device)
 
     @classmethod
     def from_host_rows(
@@ -125,6 +127,7 @@ class PrefixTree:
         ids: np.ndarray,
         mask: np.ndarray,
         positions: np.ndarray | None,
+        documents: np.ndarray | None = None,
         device: torch.device = _HOST,
     ) -> PrefixTree:
         """Plan what `host_rows` returned, without holes and with a real token."""
@@ -133,7 +136,12 @@ class PrefixTree:
             check_range("position_ids", positions[mask], _MAX_POSITION)
         length = ids.shape[1]
         symbols = (ids << 32) | (np.arange(length) if positions is None else positions)
-        plan = trie_of_rows(symbols, mask)
+        if documents is None:
+            starts, sizes = np.arange(0, ids.size, length) + mask.argmax(1), mask.sum(1)
+        else:
+            starts = np.flatnonzero(documents)
+            sizes = np.diff(starts, append=ids.size)
+        plan = trie_of_rows(symbols.reshape(-1), starts, sizes)
         source = plan["source"]
         kept = source % length if positions is None else positions.flat[source]
         plan["position_ids"] = kept[None]

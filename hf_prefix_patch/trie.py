@@ -10,22 +10,27 @@ from bisect import bisect_right
 import numpy as np
 
 
-def trie_of_rows(symbols: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """The trie of `[R, L]` symbols (token and position in one int64), as index arrays.
+def trie_of_rows(
+    symbols: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The trie of rows that lie in cells one after another, as index arrays.
 
     Rows sorted as byte strings visit the trie depth-first: each row shares with the row before it
     exactly what it shares with any earlier row, and adds the rest of its path to the packed row.
+
+    Args:
+        symbols: int64, token and position in one, of every cell.
+        starts: of each row, its first cell.
+        sizes: of each row, how many cells it has.
     """
-    num_rows, length = symbols.shape
-    starts, sizes = mask.argmax(1), mask.sum(1)
-    ends = np.cumsum(sizes)
+    num_rows, ends = len(starts), np.cumsum(sizes)
     firsts, counts, stops = starts.tolist(), sizes.tolist(), ends.tolist()
-    tokens = [symbols[r, firsts[r] : firsts[r] + counts[r]] for r in range(num_rows)]
+    tokens = [symbols[first : first + n] for first, n in zip(firsts, counts, strict=True)]
     packed_index, numbers = np.empty(stops[-1], np.int64), np.arange(stops[-1])
     paths = [packed_index[stop - n : stop] for stop, n in zip(stops, counts, strict=True)]
     branches: list[tuple[int, int, int, int]] = []
     cuts, offset = {0}, 0
-    before, before_path = symbols[0, :0], numbers[:0]
+    before, before_path = symbols[:0], numbers[:0]
     for row in sorted(range(num_rows), key=lambda r: tokens[r].tobytes()):
         path, shared = paths[row], common_prefix(tokens[row], before)
         path[:shared] = before_path[:shared]
@@ -39,10 +44,10 @@ def trie_of_rows(symbols: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]
         before, before_path = tokens[row], path
     rows, common, offsets, _ = np.array(branches).T
     # From the place of an added token in the packed row to its cell.
-    shift = rows * length + starts[rows] + common - offsets
+    shift = starts[rows] + common - offsets
     return {
         "source": numbers[:offset] + np.repeat(shift, np.diff(offsets, append=offset)),
-        "cell": np.flatnonzero(mask.reshape(-1)),
+        "cell": numbers + np.repeat(starts + sizes - ends, sizes),
         "packed_index": packed_index,
         **_segments(sorted(cuts | {offset}), branches, paths),
     }

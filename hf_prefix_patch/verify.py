@@ -38,7 +38,8 @@ _RESPONSE = 9  # tokens of a row from here on belong to its response
 
 
 def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
-    """Compare a patched decoder stack with itself unpatched.
+    """Compare a patched decoder stack with itself unpatched, and find out whether that keeps
+    documents in one row apart.
 
     Training flags, random state, gradients and counters are left alone, nothing is compiled, and
     sharded weights are sharded again.
@@ -56,6 +57,7 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     """
     patch = patch_of(backbone)
     assert patch is not None
+    patch.documents_apart_in = None
     ids, mask = _random_pairs(backbone)
     if patch.sees_padding:  # such a batch runs as it is
         ids, mask = ids[:_PADDED_RIGHT], mask[:_PADDED_RIGHT]
@@ -67,7 +69,8 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
         whole_weights(called),
         _scratch_stats(patch) as stats,
     ):
-        unshared = calls.hidden(ids, mask, use_cache=True)  # a cache is always bypassed
+        # A cache is always bypassed.
+        unshared = calls.hidden(ids, attention_mask=mask, use_cache=True)
         if calls.seen is not None:
             raise RuntimeError(
                 f"sharing cannot be verified: {type(called).__name__} does not hand use_cache=True "
@@ -77,8 +80,10 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
         stats.bypassed.clear()  # of this one, which was meant to be
         shared = _shared_hidden(calls, patch, ids, mask)
         seen, bypassed = calls.seen, dict(stats.bypassed)
+        behind = _after_another_document(calls, ids[1, mask[1] != 0])
         # Last: longer rows change dynamic rotary frequencies.
-        moved = calls.hidden(F.pad(ids, (1, 0)), F.pad(mask, (1, 0)), use_cache=True)[:, 1:]
+        moved_mask = F.pad(mask, (1, 0))
+        moved = calls.hidden(F.pad(ids, (1, 0)), attention_mask=moved_mask, use_cache=True)[:, 1:]
     if seen is None:
         raise RuntimeError(
             f"verification of prefix sharing failed: {calls.name} did not run on the packed row "
@@ -98,19 +103,19 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     # Routing is discontinuous: in half precision rounding may send single tokens to other experts.
     routed = dtype in TOLERANCE and has_experts(decoder_of(backbone).config)
     error = _error(shared, unshared)
-    rows = [error[r, real[r]] for r in known]
-    of_rows = [x[_RESPONSE:].median() if routed else x.max() for x in rows]
-    worst = torch.stack(of_rows).max().item()  # NaN, if one is
+    worst = torch.stack([_of_row(error[r, real[r]], routed) for r in known]).max().item()
     least, most = TOLERANCE.get(dtype, TOLERANCE_FP32)
     noise = _error(moved, unshared)[real].max().item()
     tolerance = max(least, min(4 * noise, most))  # least, if padding makes the model itself NaN
-    if not worst <= tolerance:
+    if not worst <= tolerance:  # NaN, if one is
         raise RuntimeError(
             f"verification of prefix sharing failed: hidden states of {calls.name} differ from the "
             f"unshared ones by {worst:.2e} of their norm, where {dtype} allows "
             f"{tolerance:.0e}; the model was restored. It takes positions from the mask, or "
             "something beside attention looks across the tokens of a row; run it unpatched."
         )
+    if behind is not None and _of_row(_error(behind, unshared[1, real[1]]), routed) <= tolerance:
+        patch.documents_apart_in = decoder_of(backbone).config._attn_implementation
 
 
 class _Calls:
@@ -136,16 +141,15 @@ class _Calls:
         one_logit = accepted and not any(read)
         self._options = {"logits_to_keep": 1} if one_logit else {}
 
-    def hidden(self, ids: Tensor, mask: Tensor, use_cache: bool) -> Tensor:
+    def hidden(self, ids: Tensor, **inputs: Any) -> Tensor:
         """`[R, L, H]` on the host: not every device has fp64, in which they are compared."""
         self._found.clear()
         self._ran = False
         decoder = decoder_of(self._backbone)
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": use_cache}
         with ExitStack() as hooks:  # one goes even if Ctrl-C comes while another does
             hooks.callback(decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             hooks.callback(self._backbone.register_forward_hook(self._after).remove)
-            self._call(inputs)
+            self._call({"input_ids": ids, **inputs})
         if len(self._found) != 1:
             raise RuntimeError(
                 f"{type(self._called).__name__} called its decoder stack {len(self._found)} times "
@@ -196,6 +200,11 @@ def _error(got: Tensor, want: Tensor) -> Tensor:
     return torch.where(error == 0, error, error / want.double().norm(dim=-1))
 
 
+def _of_row(error: Tensor, routed: bool) -> Tensor:
+    """What is judged of the errors `[T]` of a row's tokens."""
+    return error[_RESPONSE:].median() if routed else error.max()
+
+
 def compute_precision(backbone: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
     """The coarsest dtype that the model computes in: layers of bitsandbytes have one of their own,
     and 8-bit ones round activations to no more digits than bfloat16 has."""
@@ -233,7 +242,7 @@ def _shared_hidden(calls: _Calls, patch: BackbonePatch, ids: Tensor, mask: Tenso
     """Of the backend that is picked once a call has shown what attention computes in."""
     for last in (False, True):
         try:
-            shared = calls.hidden(ids, mask, use_cache=False)
+            shared = calls.hidden(ids, attention_mask=mask, use_cache=False)
             if last or not calls.outdated(patch):
                 break
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -249,6 +258,18 @@ def _shared_hidden(calls: _Calls, patch: BackbonePatch, ids: Tensor, mask: Tenso
                 "mask themselves; run it unpatched."
             ) from error
     return shared
+
+
+def _after_another_document(calls: _Calls, document: Tensor) -> Tensor | None:
+    """`[T, H]` of a document of `[T]` tokens that stands behind another one in a row, without a
+    mask; None if the model cannot be called so."""
+    positions = torch.arange(len(document), device=document.device)
+    ids, twice = torch.cat([document.flip(0), document]), torch.cat([positions, positions])
+    try:
+        hidden = calls.hidden(ids[None], position_ids=twice[None], use_cache=False)
+    except Exception:  # whatever it is, such calls will run as they are
+        return None
+    return hidden[0, len(document) :]
 
 
 @contextmanager

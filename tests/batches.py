@@ -24,6 +24,12 @@ class Batch:
     def inputs(self) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
+    @property
+    def rows(self) -> list[list[int]]:
+        """The real tokens of each row."""
+        pairs = zip(self.input_ids, self.attention_mask, strict=True)
+        return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
 
 def preference_batch(padding: str = "right", seed: int = 0, vocab: int = 50) -> Batch:
     """Two pairs, chosen rows first. Lengths are ragged; on the left, where rows share only if they
@@ -65,12 +71,7 @@ def tree_of_rows(rows: list[list[int]]) -> PrefixTree:
 def left_padded_with_positions(vocab: int = 50) -> tuple[Batch, Tensor]:
     """A ragged batch padded on the left, where prompts begin in different columns, and positions
     `[R, L]` that count real tokens, by which they are shared all the same."""
-    ragged = preference_batch(vocab=vocab)
-    rows = [
-        ids[mask.bool()].tolist()
-        for ids, mask in zip(ragged.input_ids, ragged.attention_mask, strict=True)
-    ]
-    batch = pad_rows(rows, [9, 7, 9, 7], "left")
+    batch = pad_rows(preference_batch(vocab=vocab).rows, [9, 7, 9, 7], "left")
     return batch, (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
@@ -107,12 +108,33 @@ def completion_logps(logits: Tensor, batch: Batch) -> Tensor:
     return (logps * batch.completion[:, 1:]).sum(1)
 
 
-def run(model: nn.Module, batch: Batch, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def documents(batch: Batch) -> dict[str, Tensor]:
+    """The rows one after another in one row without padding, told apart by their positions."""
+    real = batch.attention_mask.bool()
+    positions = batch.attention_mask.cumsum(1) - 1
+    return {"input_ids": batch.input_ids[real][None], "position_ids": positions[real][None]}
+
+
+def rows_of_documents(x: Tensor, batch: Batch) -> Tensor:
+    """`[R, L, ...]` of `[1, T, ...]`, zeros in the padding."""
+    rows = x.new_zeros(*batch.input_ids.shape, *x.shape[2:])
+    rows[batch.attention_mask.bool()] = x[0]
+    return rows
+
+
+def run(
+    model: nn.Module, batch: Batch, *, one_row: bool = False, **kwargs: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of every row, and the gradients of a loss in which each row has a weight of its
-    own, so that chosen and rejected gradients cannot cancel or stand for one another."""
+    own, so that chosen and rejected gradients cannot cancel or stand for one another.
+
+    Args:
+        one_row: whether the model is called with the batch's `documents`.
+    """
     model.zero_grad(set_to_none=True)
-    output = model(**batch.inputs, **kwargs)
-    logps = completion_logps(output.logits, batch)
+    output = model(**(documents(batch) if one_row else batch.inputs), **kwargs)
+    logits = rows_of_documents(output.logits, batch) if one_row else output.logits
+    logps = completion_logps(logits, batch)
     weights = torch.linspace(1.0, -0.7, len(logps), dtype=logps.dtype, device=logps.device)
     loss = (logps * weights).sum()
     if getattr(output, "aux_loss", None) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ KINDS = (SHARED, REFUSED, VERIFICATION, NOT_BUILT, WRONG, BROKEN)
 
 PADDINGS = ("right", "left")
 
+IN_ONE_ROW: dict[str, Any] = {"one_row": True, "use_cache": False}
+
 TOLERANCE = 2e-5
 """Of a row's log-prob, relative to one more than its size, and of a gradient, relative to the
 largest entry of the model's gradients."""
@@ -43,6 +45,7 @@ class Status:
         outcome: what would have become of it without verification.
         logps, gradients: the largest errors, in the units of `TOLERANCE`.
         leak: the least change of a row's log-prob when rows see each other.
+        documents: of several in one row: "shared", "as they are", or nothing.
     """
 
     model_type: str
@@ -51,6 +54,7 @@ class Status:
     logps: float = math.nan
     gradients: float = math.nan
     leak: float = math.nan
+    documents: str = ""
     outcome: str = ""
 
 
@@ -71,7 +75,8 @@ def status_of(model_type: str, **changes: Any) -> Status:
 
 
 def compared(model_type: str, model: PreTrainedModel, verify: bool = True) -> Status:
-    """Log-probs of all rows and gradients, shared against unpatched, padded right and left."""
+    """Log-probs of all rows and gradients, shared against unpatched, padded right and left, and as
+    documents in one row, if the model runs on those."""
     batches = [preference_batch(padding, vocab=VOCABULARY) for padding in PADDINGS]
     try:
         wanted = [run(model, batch) for batch in batches]
@@ -79,9 +84,11 @@ def compared(model_type: str, model: PreTrainedModel, verify: bool = True) -> St
         return Status(model_type, NOT_BUILT, f"the unpatched model does not run: {_told(error)}")
     if not all(map(_finite, wanted)):
         return Status(model_type, NOT_BUILT, "the unpatched model computes NaN")
-    errors, leaks, notes = [], [], []
+    errors, leaks, notes, documents = [], [], [], ""
+    with suppress(Exception):
+        wanted.append(run(model, batches[0], **IN_ONE_ROW))
     with enable_prefix_sharing(model, verify=verify, on_bypass="ignore") as sharing:
-        for padding, batch, want in zip(PADDINGS, batches, wanted, strict=True):
+        for padding, batch, want in zip(PADDINGS, batches, wanted, strict=False):
             sharing.stats.bypassed.clear()
             got = _packed_run(model, batch)
             if sharing.stats.bypassed:
@@ -90,12 +97,19 @@ def compared(model_type: str, model: PreTrainedModel, verify: bool = True) -> St
             errors.append(differences(got, want))
             with _packed_calls(model, _leaking):
                 leaks.append(differences(run(model, batch), want))
+        if wanted[2:]:
+            sharing.stats.bypassed.clear()
+            got = _packed_run(model, batches[0], **IN_ONE_ROW)
+            documents = "as they are" if sharing.stats.bypassed else "shared"
+            of_documents = differences(got, wanted[2])
     if not errors:
         return Status(model_type, REFUSED, "; ".join(notes))
     rows, gradients = [e[0].max().item() for e in errors], [e[1] for e in errors]
     # Two pairs: the row that comes second in each sees the other one.
     leak = min(rows.sort(descending=True).values[1].item() for rows, _ in leaks)
-    figures = max(rows), max(gradients), leak
+    figures = max(rows), max(gradients), leak, documents
+    if documents and not max(of_documents[0].max().item(), of_documents[1]) <= TOLERANCE:
+        return Status(model_type, WRONG, "documents in one row differ", *figures)
     if not max(*rows, *gradients) <= TOLERANCE:
         return Status(model_type, WRONG, "results differ", *figures)
     if not min(leak, *(gradient for _, gradient in leaks)) >= LEAST_LEAK:
@@ -116,7 +130,9 @@ def differences(
     return rows.nan_to_num(nan=math.inf), worst / largest if math.isfinite(worst) else math.inf
 
 
-def _packed_run(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def _packed_run(
+    model: PreTrainedModel, batch: Batch, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     """A run with the proof that the stack ran on the packed row alone, if it is not bypassed."""
     patch = next(filter(None, map(patch_of, model.modules())))
     before, seen = patch.stats.packed_tokens, []
@@ -127,7 +143,7 @@ def _packed_run(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str,
         return kwargs
 
     with _packed_calls(model, note):
-        got = run(model, batch)
+        got = run(model, batch, **options)
     if not patch.stats.bypassed:
         packed = patch.stats.packed_tokens - before
         assert packed < batch.attention_mask.sum()

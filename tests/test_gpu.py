@@ -219,12 +219,46 @@ def test_models_are_no_worse_than_unpatched(name, family, dtype, mode):
     packed = sharing.stats.packed_tokens
     assert packed < batch.attention_mask.sum()
     assert set(seen.shapes) == {(1, packed)}
-    errors = []
-    for logps, grads in (shared, unpatched):
-        squares = [(grads[n] - g).double().square().sum().item() for n, g in truth[1].items()]
-        errors.append(((logps - truth[0]).norm().item(), sum(squares) ** 0.5))
-    for ours, theirs in zip(*errors, strict=True):
+    for ours, theirs in zip(errors(shared, truth), errors(unpatched, truth), strict=True):
         assert 0 < ours <= 2 * theirs
+
+
+def errors(found, truth):
+    """Of the log-probs, and of all gradients together."""
+    squares = [(found[1][n] - g).double().square().sum().item() for n, g in truth[1].items()]
+    return (found[0] - truth[0]).norm().item(), sum(squares) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("torch_varlen", "sdpa"), ("flash", None), ("flex", "sdpa"), ("sdpa", "sdpa")],
+)
+def test_documents_in_one_row(name, implementation):
+    """Rows without padding, one after another: with sdpa apart by a mask that transformers makes of
+    their positions, in flash attention by positions alone, or by what is given along."""
+    implementation = implementation or flash_implementation()
+    if implementation is None:
+        pytest.skip("flash: no flash attention here")
+    batch = on_cuda(ragged_rows())
+    ends = torch.nn.functional.pad(batch.attention_mask.sum(1).cumsum(0), (1, 0)).int()
+    longest = batch.attention_mask.sum(1).max().item()
+    along = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone()}
+    along |= {"max_length_q": longest, "max_length_k": longest}
+    truth_model = tiny_model("llama", **model_options(64)).cuda()
+    model = tiny_model("llama", implementation, **model_options(64)).cuda().bfloat16()
+    with torch.no_grad():  # the same rounded weights
+        for exact, rounded in zip(truth_model.parameters(), model.parameters(), strict=True):
+            exact.copy_(rounded)
+    truth = run(truth_model, batch)
+    options = {"one_row": True, "use_cache": False}
+    unpatched = run(model, batch, **options)
+    with enable_prefix_sharing(model, backend=name) as sharing:
+        found = [run(model, batch, **options), run(model, batch, **options, **along)]
+    assert (sharing.stats.calls, sharing.stats.bypassed.total()) == (2, 0)
+    assert sharing.stats.packed_tokens < sharing.stats.row_tokens
+    for shared in found:
+        for ours, theirs in zip(errors(shared, truth), errors(unpatched, truth), strict=True):
+            assert 0 < ours <= 2 * theirs
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -30,7 +30,7 @@ from sharing_status import (
 from test_verify import leaking_plan
 from tiny_types import MODEL_TYPES, tiny_config, tiny_model_of
 
-from hf_prefix_patch import attention, enable_prefix_sharing
+from hf_prefix_patch import attention, enable_prefix_sharing, hooks
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "models.md").read_text()
@@ -88,6 +88,15 @@ def test_wrong(monkeypatch):
     found = status_of("llama")
     assert found.kind == VERIFICATION
     assert found.outcome.startswith("Without verification it is wrong: log-probs differ by ")
+
+
+def test_wrong_documents(monkeypatch):
+    """As if verification had seen apart what is not."""
+    assert status_of("llama").documents == "shared"
+    assert status_of("afmoe").documents == "as they are"
+    monkeypatch.setattr(hooks, "documents_reason", lambda *_: None)
+    status = status_of("afmoe")
+    assert (status.kind, status.detail) == (WRONG, "documents in one row differ")
 
 
 def test_a_comparison_that_cannot_fail_is_not_shared():

@@ -134,9 +134,9 @@ BYPASSED = {
         "inputs_embeds": torch.randn(4, 15, 32, generator=torch.Generator().manual_seed(0)),
     },
     "input 'token_type_ids'": {"token_type_ids": torch.zeros(4, 15, dtype=torch.long)},
-    "several documents in a row": {
+    "position_ids that jump": {
         "attention_mask": None,
-        "position_ids": torch.tensor([[*range(8), *range(7)]]).expand(4, -1),
+        "position_ids": torch.tensor([[*range(8), *range(1, 8)]]).expand(4, -1),
     },
     "position_ids that are not integers": {"position_ids": torch.arange(15.0)[None] / 2},
     "negative position_ids": {"position_ids": torch.arange(15)[None] - 3},

@@ -200,15 +200,14 @@ def test_model_form_shares_a_copied_reference_too(llama, tmp_path):
 @joined
 @pytest.mark.filterwarnings("ignore:Padding-free training is enabled:UserWarning")
 @by_method
-def test_padding_free_rows_are_bypassed(llama, tmp_path, lora):
-    """All rows in one, told apart by their positions: nothing is shared, and it is said."""
+def test_padding_free_rows_are_shared(llama, tmp_path, lora):
+    """All rows in one, told apart by their positions."""
     options = {"lora": lora, "padding_free": True}
     want = run_dpo(load(llama), tmp_path, **options)
-    with pytest.warns(UserWarning, match="is bypassed: several documents in a row"):
-        got = run_dpo(load(llama), tmp_path, sharing="trainer", **options)
+    got = run_dpo(load(llama), tmp_path, sharing="trainer", **options)
     assert_same_log(got.log, want.log)
-    assert got.handle.stats.calls == 0
-    assert got.handle.stats.bypassed == {"several documents in a row": 6}
+    assert_shared(got.handle.stats, 6)
+    assert got.handle.stats.padded_tokens == got.handle.stats.row_tokens
 
 
 class FusedLoss(torch.nn.Module):

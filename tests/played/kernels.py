@@ -55,10 +55,11 @@ def _in_fp32(function: Any) -> Any:
 
 
 @wraps(varlen_emulator.flash_2)
-def _flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, *args, **kwargs):
-    """transformers gives one tensor twice, which FlashAttention-2 does not mind."""
-    ends = (cu_seqlens_q, cu_seqlens_k.clone())
-    return varlen_emulator.flash_2(q, k, v, *ends, *args, **kwargs)
+def _flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **kwargs):
+    """transformers gives one tensor twice, and lengths as tensors, which FlashAttention-2 does not
+    mind."""
+    ends, longest = (cu_seqlens_q, cu_seqlens_k.clone()), (int(max_seqlen_q), int(max_seqlen_k))
+    return varlen_emulator.flash_2(q, k, v, *ends, *longest, **kwargs)
 
 
 def _of_rows(flash: Any) -> Any:
