@@ -39,8 +39,10 @@ def documents_reason(
         return "several documents in a row, and a cache"
     implementation = config._attn_implementation
     # Flash attention looks at positions where there is one row only.
-    one_row = len(inputs["input_ids"]) == 1 or not is_flash(implementation)
-    return None if implementation == apart_in and one_row else DOCUMENTS
+    together = len(inputs["input_ids"]) > 1 and is_flash(implementation)
+    if together or implementation != apart_in:
+        return DOCUMENTS
+    return None
 
 
 def _agrees(inputs: dict[str, Any], plan: Plan) -> bool:

@@ -503,8 +503,11 @@ def test_teachers(llama, tmp_path, name):
     assert got.handle.stats.packed_tokens < got.handle.stats.padded_tokens
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_supervised_fine_tuning(llama, tmp_path, packing):
+@pytest.mark.filterwarnings("ignore:Padding-free training is enabled:UserWarning")
+@pytest.mark.parametrize(
+    "option", [{}, {"packing": True}, {"padding_free": True, "max_length": None}]
+)
+def test_supervised_fine_tuning(llama, tmp_path, option):
     """One answer a prompt: padding goes, and the system prompt is shared, by documents that TRL has
     packed into one row too."""
     build = partial(
@@ -513,8 +516,7 @@ def test_supervised_fine_tuning(llama, tmp_path, packing):
         "SFT",
         output_dir=tmp_path,
         arguments={"train_dataset": dialogues(12), "eval_dataset": dialogues(4, 1)},
-        packing=packing,
-        max_length=128,
+        **{"max_length": 128, **option},
     )
     want = train(build, causal_model(llama))
     got = train(build, causal_model(llama), "trainer")
