@@ -138,6 +138,16 @@ def test_documents_are_not_shared_unless_they_were_seen_apart():
             assert again.stats.calls == 2
 
 
+def test_what_was_seen_is_looked_at_again():
+    """By calls that run as they are: shared ones would always find documents apart."""
+    model = tiny_model("gpt-oss")
+    enable_prefix_sharing(model)
+    patch = patch_of(model.model)
+    patch.documents_apart_in = "eager"
+    enable_prefix_sharing(model)
+    assert patch.documents_apart_in is None
+
+
 def test_a_copy_knows_what_was_seen():
     model, batch = tiny_model(), preference_batch()
     with enable_prefix_sharing(model):
@@ -337,11 +347,19 @@ def test_boundaries_that_are_given_along(one_document):
         assert not seen[0].keys() & boundaries(batch).keys()
 
 
-@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"])
-def test_boundaries_of_other_documents(name):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("cu_seq_lens_q", lambda ends: ends[[0, 1, 2, 4]]),
+        ("cu_seq_lens_k", lambda ends: ends[[0, 1, 2, 4]]),
+        ("seq_idx", lambda numbers: numbers // 2),
+        ("seq_idx", lambda numbers: numbers[0]),
+    ],
+)
+def test_boundaries_of_other_documents(name, change):
     model, batch = tiny_model(), preference_batch()
     given = boundaries(batch)
-    given[name] = given[name] // 2 if name == "seq_idx" else given[name][[0, 1, 2, 4]]
+    given[name] = change(given[name])
     with torch.no_grad():
         want = model(**documents(batch), use_cache=False, **given).logits
         with enable_prefix_sharing(model) as sharing:
