@@ -42,8 +42,8 @@ ADVICE = {
     "leave verify=True, which finds out whether this model keeps them apart",
     "boundaries of documents that are not those of position_ids": "leave out cu_seq_lens_q, "
     "cu_seq_lens_k and seq_idx, or count position_ids from 0 in each document",
-    "several documents in a row, and a cache": "pass use_cache=False, or set it in the model's "
-    "config: beside a cache, even one that is not read, transformers may not keep documents apart",
+    "several documents in a row, and a cache": "pass use_cache=False: beside a cache, even one "
+    "that nobody reads, transformers may not keep documents apart",
     "input '...' beside the text": _TEXT_ALONE,
     "output_attentions": "ask for attention weights in a separate call",
     "input '...'": "leave it out of the call, if the model does without; docs/trainers.md lists "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,49 +16,58 @@ from hf_prefix_patch.bypass import BOUNDARIES, DOCUMENTS
 from hf_prefix_patch.features import is_flash
 from hf_prefix_patch.plans import Plan
 
-_ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+_TELLING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # where documents begin
 
 
 def documents_reason(
-    decoder: PreTrainedModel, inputs: dict[str, Any], plan: Plan, apart_in: str | None
+    backbone: PreTrainedModel, inputs: dict[str, Any], apart_in: str | None, media: bool
 ) -> str | None:
-    """Why a call whose rows may hold several documents must run as it is; None if it can be shared.
+    """Why rows must run as they are because they hold several documents; None if they hold one
+    each, or can be shared.
 
     Args:
-        decoder: the decoder stack, or the text decoder of a composite.
-        inputs: of the call.
-        plan: of its rows.
+        backbone: the decoder stack, or the composite around it.
+        inputs: of a call that `bypass_reason` lets through.
         apart_in: the attention implementation in which the model was seen to keep documents apart.
+        media: whether the call holds images or sound.
     """
-    if not _agrees(inputs, plan):
-        return "boundaries of documents that are not those of position_ids"
-    if plan.documents is None:
+    positions: Tensor | None = inputs.get("position_ids")
+    if inputs.get("attention_mask") is not None or positions is None:
         return None
-    config, asked = decoder.config, inputs.get("use_cache")
-    if getattr(config, "use_cache", False) if asked is None else asked:
-        return "several documents in a row, and a cache"
-    implementation = config._attn_implementation
+    config, asked = backbone.config.get_text_config(decoder=True), inputs.get("use_cache")
+    by_default = any(getattr(x, "use_cache", False) for x in (backbone.config, config))
+    cached = by_default if asked is None else asked
     # Flash attention looks at positions where there is one row only.
-    together = len(inputs["input_ids"]) > 1 and is_flash(implementation)
-    if together or implementation != apart_in:
-        return DOCUMENTS
-    return None
+    together = len(inputs["input_ids"]) > 1 and is_flash(config._attn_implementation)
+    apart = config._attn_implementation == apart_in and not (together or media)
+    if apart and not cached:
+        return None
+    if not bool((positions.diff(dim=-1) != 1).any()):  # last: it waits for the device
+        return None
+    if apart:
+        return "several documents in a row, and a cache"
+    return DOCUMENTS
 
 
-def _agrees(inputs: dict[str, Any], plan: Plan) -> bool:
-    """Whether the documents of the plan are all that a call tells its layers of."""
-    rows, length = inputs["input_ids"].shape
-    starts = np.arange(0, rows * length, length) if plan.documents is None else plan.documents
-    ends = np.append(starts, rows * length)
-    told = {name: inputs[name] for name in BOUNDARIES if inputs.get(name) is not None}
+def boundaries_agree(inputs: dict[str, Any], plan: Plan) -> bool:
+    """Whether the documents of a plan are those that the call tells its layers of, if it does."""
+    told = {name: inputs[name] for name in _TELLING if inputs.get(name) is not None}
+    if not told:
+        return True
+    if not all(isinstance(x, Tensor) for x in told.values()):
+        return False
+    ids: Tensor = inputs["input_ids"]
+    starts = range(0, ids.numel(), ids.shape[1]) if plan.documents is None else plan.documents
+    ends = torch.tensor([*starts, ids.numel()])
     numbers: Tensor | None = told.pop("seq_idx", None)  # of each token's document
     if numbers is not None:
-        if numbers.shape != (rows, length):
+        if numbers.shape != ids.shape:
             return False
-        changes = np.diff(numbers.cpu().numpy(), prepend=-1)
-        if not np.array_equal(np.flatnonzero(changes), starts):
+        flat = numbers.flatten().cpu()
+        changes = flat[1:] != flat[:-1]
+        if not torch.equal(changes.nonzero()[:, 0] + 1, ends[1:-1]):
             return False
-    return all(np.array_equal(x.cpu(), ends) for name, x in told.items() if name in _ENDS)
+    return all(torch.equal(x.cpu().long(), ends) for x in told.values())
 
 
 def without_boundaries(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import EMPTY_MASK
 from hf_prefix_patch.backends.base import Needs
-from hf_prefix_patch.bypass import CACHE_BY_DEFAULT, DOCUMENTS, advice, bypass_reason
+from hf_prefix_patch.bypass import CACHE_BY_DEFAULT, advice, bypass_reason
 from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embeddings
 from hf_prefix_patch.config_views import Views
-from hf_prefix_patch.documents import documents_reason, without_boundaries
+from hf_prefix_patch.documents import boundaries_agree, documents_reason, without_boundaries
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
 from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors, not_packed
 from hf_prefix_patch.media import Shown, media_of
@@ -90,6 +90,7 @@ class BackbonePatch:
             NotImplementedError: recurrent layers that cannot follow the tree.
         """
         decoder = decoder_of(backbone)
+        self.documents_apart_in = None
         self.recurrence = recurrence_of(decoder)
         self._structure = structure_of(decoder)
         views_of(backbone).give(decoder)
@@ -262,6 +263,7 @@ def _plan_rows(
     others = {name: x for name, x in inputs.items() if name not in media}
     reason = bypass_reason(backbone, others, patch.cache_by_default)
     reason = reason or views_of(backbone).outdated(decoder)
+    reason = reason or documents_reason(backbone, inputs, patch.documents_apart_in, bool(media))
     if reason is not None:
         return Plan(None, reason), 1
     rows, times = [inputs.get(name) for name in ROW_INPUTS], 1
@@ -271,11 +273,8 @@ def _plan_rows(
         plan, times = recall_plan([shown.tell_apart(ids), *rows[1:]]), shown.times
     else:
         plan = plan_of(inputs) or recall_plan(rows)
-    if plan.reason is None:
-        reason = documents_reason(decoder, inputs, plan, patch.documents_apart_in)
-        if media and plan.documents is not None:
-            reason = DOCUMENTS
-        plan = plan if reason is None else Plan(None, reason)
+    if plan.reason is None and not boundaries_agree(inputs, plan):
+        plan = Plan(None, "boundaries of documents that are not those of position_ids")
     config = decoder.config
     if plan.reason is None and rope_depends_on_length(config) and plan.padded_beyond:
         plan = Plan(None, "rotary frequencies that depend on padding")

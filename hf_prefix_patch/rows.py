@@ -28,8 +28,8 @@ def host_rows(
     one copy from the device.
 
     Positions are None, as given, where they are the columns. Documents are None where each row is
-    one. Rows hold several where they come with positions and without a mask, as transformers reads
-    them: a position that does not follow the one before it begins a document.
+    one. Rows hold several where they come with positions and without a mask, as for the masks of
+    transformers: a position that does not follow the one before it begins a document.
     """
     ids = _as_rows("input_ids", input_ids)
     given = [ids]

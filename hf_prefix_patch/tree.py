@@ -94,7 +94,7 @@ class PrefixTree:
                 (any side of padding), and 0 in the padding. None: every token is real.
             position_ids: `[R, L]` or `[1, L]` positions in `[0, 2**32)`. None: the column. Without
                 a mask, a position that does not follow the one before it begins a new document,
-                as transformers reads such rows; what documents begin with is shared as well.
+                as for the masks of transformers; what documents begin with is shared as well.
 
         Returns:
             The plan, its tensors on the device of `input_ids`.

@@ -1,7 +1,6 @@
 """Several documents in one row, told apart by their positions alone: padding-free batches."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +32,8 @@ SEEN_TOGETHER = {"gpt-oss", *HYBRIDS}
 than in flash attention), states that go on."""
 
 APART = [family for family in FAMILIES if family not in SEEN_TOGETHER]
+
+composites = pytest.mark.needs(transformers=">=5")
 
 
 def rows_of(*lists):
@@ -129,15 +130,39 @@ def test_documents_are_not_shared_unless_they_were_seen_apart():
             again = enable_prefix_sharing(model)
             model(**inputs, use_cache=False)
             assert again.stats.calls == 1
+            enable_prefix_sharing(model, verify=False)
+            model(**inputs, use_cache=False)
+            assert again.stats.bypassed == {DOCUMENTS: 2}
+            enable_prefix_sharing(model)
             model.config._attn_implementation = "eager"
             model(**inputs, use_cache=False)
             assert again.stats.calls == 1
-            assert again.stats.bypassed == {DOCUMENTS: 2}
+            assert again.stats.bypassed == {DOCUMENTS: 3}
             enable_prefix_sharing(model)
             model(**inputs, use_cache=False)
             assert again.stats.calls == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["gpt-oss", "lfm2", "lfm2-moe", "qwen3-next", "nemotron-h"])
+def test_a_little_is_seen_too(family, dtype):
+    """With weights as small as transformers draws them, less than half precision rounds by."""
+    if family in HYBRIDS:
+        pytest.importorskip("tree_recurrence", reason="hybrids need tree-recurrence")
+    model = tiny_model(family, initializer_range=0.02).to(dtype)
+    with enable_prefix_sharing(model):
+        assert patch_of(model.model).documents_apart_in is None
+
+
+@pytest.mark.parametrize("family", APART)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_documents_apart(family, dtype):
+    model = tiny_model(family, "eager" if family in NO_SDPA else "sdpa").to(dtype)
+    with enable_prefix_sharing(model):
+        assert patch_of(model.model).documents_apart_in == model.config._attn_implementation
+
+
+@pytest.mark.needs(transformers=">=4.55")  # the first with gpt-oss
 def test_what_was_seen_is_looked_at_again():
     """By calls that run as they are: shared ones would always find documents apart."""
     model = tiny_model("gpt-oss")
@@ -216,25 +241,41 @@ def test_padding_at_the_end_of_the_row():
 
 
 def test_flash_attention_parts_documents_of_one_row_only():
-    config = SimpleNamespace(_attn_implementation="flash_attention_2", use_cache=False)
-    decoder = SimpleNamespace(config=config)
+    model = tiny_model(use_cache=False)
 
-    def reason(rows, seen_in="flash_attention_2"):
-        ids, positions = torch.zeros(rows, 4).long(), torch.tensor([[0, 1, 0, 1]])
-        plan = Plan.of_rows(ids, None, positions)
-        return documents_reason(decoder, {"input_ids": ids}, plan, seen_in)
+    def reason(rows, seen_in="flash_attention_2", positions=(0, 1, 0, 1)):
+        ids, positions = torch.zeros(rows, 4).long(), torch.tensor([positions])
+        inputs = {"input_ids": ids, "position_ids": positions}
+        return documents_reason(model.model, inputs, seen_in, media=False)
 
+    model.config._attn_implementation_internal = "flash_attention_2"
     assert (reason(1), reason(2), reason(1, "sdpa")) == (None, DOCUMENTS, DOCUMENTS)
-    config._attn_implementation = "sdpa"
+    assert reason(2, positions=range(4)) is None
+    model.config._attn_implementation_internal = "sdpa"
     assert (reason(2, "sdpa"), reason(2)) == (None, DOCUMENTS)
 
 
-def test_composites_share_documents_of_text():
-    model, batch = tiny_composite("llava"), preference_batch(vocab=40)
+@composites
+@pytest.mark.parametrize("family", ["llava", "qwen3-vl-moe", "smolvlm", "mistral3"])
+def test_composites_share_documents_of_text(family):
+    model, batch = tiny_composite(family), preference_batch(vocab=40)
     want = run(model, batch, one_row=True, use_cache=False)
     with enable_prefix_sharing(model) as sharing:
         assert_same_run(run(model, batch, one_row=True, use_cache=False), want, of_model=True)
     assert (sharing.stats.calls, sharing.stats.bypassed.total()) == (1, 0)
+
+
+@composites
+@pytest.mark.parametrize("asks", ["composite", "text"])
+def test_a_cache_that_one_config_of_a_composite_asks_for(asks):
+    """Either may make one."""
+    model, batch = tiny_composite("smolvlm"), preference_batch(vocab=40)
+    model.config.use_cache = asks == "composite"
+    model.config.text_config.use_cache = asks == "text"
+    want = run(model, batch, one_row=True)
+    with enable_prefix_sharing(model, on_bypass="ignore") as sharing:
+        assert_same_run(run(model, batch, one_row=True), want, tolerance=0.0)
+    assert sharing.stats.bypassed == {"several documents in a row, and a cache": 1}
 
 
 def test_plans_made_by_a_wrapped_collator():
@@ -299,6 +340,7 @@ def test_positions_that_come_with_padded_rows_still_share():
     assert sharing.stats.calls == 1
 
 
+@composites
 def test_documents_with_images_run_as_they_are():
     batch, images = image_batch("llava")
     model = tiny_composite("llava")
@@ -354,6 +396,9 @@ def test_boundaries_that_are_given_along(one_document):
         ("cu_seq_lens_k", lambda ends: ends[[0, 1, 2, 4]]),
         ("seq_idx", lambda numbers: numbers // 2),
         ("seq_idx", lambda numbers: numbers[0]),
+        ("seq_idx", lambda numbers: numbers.tolist()),
+        ("cu_seq_lens_q", lambda ends: ends.numpy()),
+        ("cu_seq_lens_k", lambda ends: 4),
     ],
 )
 def test_boundaries_of_other_documents(name, change):
