@@ -154,6 +154,22 @@ def test_a_little_is_seen_too(family, dtype):
         assert patch_of(model.model).documents_apart_in is None
 
 
+def test_apart_but_not_the_same():
+    """A model that computes something else of rows without a mask, whatever stands in them."""
+    model, rows = tiny_model(), []
+
+    def other(norm, args, output):
+        if rows[-1] is None:
+            return 2 * output
+
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    model.model.norm.register_forward_hook(other)
+    with enable_prefix_sharing(model):
+        assert patch_of(model.model).documents_apart_in is None
+
+
 @pytest.mark.parametrize("family", APART)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_documents_apart(family, dtype):
