@@ -37,6 +37,7 @@ from hf_prefix_patch import (
 )
 from hf_prefix_patch.measuring import seconds_of
 from hf_prefix_patch.plans import Plan
+from hf_prefix_patch.rows import HostRows
 
 CPU = torch.device("cpu")
 VOCAB = 50_000
@@ -119,7 +120,7 @@ def collating(args: argparse.Namespace) -> None:
 
 def plan(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     for ids, real in rows:
-        Plan.of_host_rows(ids, real)
+        Plan.of_host_rows(HostRows(ids, real))
 
 
 def collate(collator: DataCollatorWithPrefixSharing, batches: Sequence[Batch]) -> None:

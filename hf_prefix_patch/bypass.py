@@ -32,6 +32,8 @@ ADVICE = {
     "inputs_embeds": "pass input_ids, which sharing compares, and enable the model that is called, "
     "not the text decoder in it; prompt learning of PEFT cannot be shared",
     "attention mask that is not [rows, length]": "pass the padding mask, ones and zeros",
+    "attention mask of other values than 0 and 1": "pass ones and zeros: numbers of documents are "
+    "read in other ways by some trainers' attention; give each document a row of its own",
     "attention mask with holes": "remove the tokens that are masked inside of rows",
     "no real token": "leave empty batches out, and check the attention mask",
     "position_ids that are not [rows, length]": _POSITIONS,

@@ -26,6 +26,7 @@ from hf_prefix_patch.columns import (
 from hf_prefix_patch.options import check_counts
 from hf_prefix_patch.planned import PlannedTensor, attach_plan
 from hf_prefix_patch.plans import ROW_INPUTS, Plan
+from hf_prefix_patch.rows import HostRows
 from hf_prefix_patch.tree import PrefixTree
 
 Layout = Literal["rows", "packed"]
@@ -141,7 +142,7 @@ class DataCollatorWithPrefixSharing:
         ]
         rows = [row for column in zip(*by_example, strict=True) for row in column]
         ids, real, completion = self._pad(rows)
-        plan = Plan.of_host_rows(ids, real)
+        plan = Plan.of_host_rows(HostRows(ids, real))
         if plan.tree is None:
             raise ValueError(
                 f"{len(examples)} examples have {plan.reason}, but a batch needs one; leave empty "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_prefix_patch.backends.base import Backend, Needs
-from hf_prefix_patch.rows import ArrayLike, has_holes, host_rows
+from hf_prefix_patch.rows import ArrayLike, HostRows, has_holes, host_rows
 from hf_prefix_patch.tree import PrefixTree, to_device
 
 NOTHING_TO_GAIN = "nothing to gain"
@@ -52,17 +52,14 @@ class Plan:
         position_ids: ArrayLike | None = None,
     ) -> Plan:
         """Plan the `[R, L]` rows of a call; shapes as in `PrefixTree.from_rows`."""
-        return cls.of_host_rows(*host_rows(input_ids, attention_mask, position_ids))
+        return cls.of_host_rows(host_rows(input_ids, attention_mask, position_ids))
 
     @classmethod
-    def of_host_rows(
-        cls,
-        ids: np.ndarray,
-        mask: np.ndarray,
-        positions: np.ndarray | None = None,
-        documents: np.ndarray | None = None,
-    ) -> Plan:
-        """The same for arrays as `host_rows` returns them."""
+    def of_host_rows(cls, rows: HostRows) -> Plan:
+        """The same for rows on the host."""
+        ids, mask, positions, documents, numbered = rows
+        if numbered:
+            return cls(None, "attention mask of other values than 0 and 1")
         if has_holes(mask):
             return cls(None, "attention mask with holes")
         if not mask.any():
@@ -71,7 +68,7 @@ class Plan:
             return cls(None, "negative position_ids")
         if documents is not None and positions is not None and positions[documents].any():
             return cls(None, "position_ids that jump")
-        tree = PrefixTree.from_host_rows(ids, mask, positions, documents)
+        tree = PrefixTree.from_host_rows(rows)
         gains = tree.packed_tokens < tree.padded_tokens
         last = ids.shape[1] - 1 if positions is None else int(positions.max())
         largest = int(ids.reshape(-1)[tree.source.numpy()].max()), int(tree.position_ids.max())

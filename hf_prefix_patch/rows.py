@@ -6,13 +6,31 @@ Knows numpy and torch only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 ArrayLike = Tensor | np.ndarray | Sequence[Sequence[int]]
+
+
+class HostRows(NamedTuple):
+    """Rows on the host, `[R, L]` each.
+
+    Attributes:
+        ids: int64.
+        mask: bool, of real tokens.
+        positions: int64; None where they are the columns.
+        documents: bool, where documents begin; None where each row is one.
+        numbered: whether the mask that was given holds other values than 0 and 1.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    positions: np.ndarray | None = None
+    documents: np.ndarray | None = None
+    numbered: bool = False
 
 
 def has_holes(mask: np.ndarray) -> bool:
@@ -23,18 +41,17 @@ def has_holes(mask: np.ndarray) -> bool:
 
 def host_rows(
     input_ids: ArrayLike, attention_mask: ArrayLike | None, position_ids: ArrayLike | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Ids int64, mask bool, positions int64, and bool where documents begin, as `[R, L]` arrays;
-    one copy from the device.
+) -> HostRows:
+    """The arguments of a call on the host, by one copy from the device.
 
-    Positions are None, as given, where they are the columns. Documents are None where each row is
-    one. Rows hold several where they come with positions and without a mask, as for the masks of
-    transformers: a position that does not follow the one before it begins a document.
+    Rows hold several documents where they come with positions and without a mask, as for the masks
+    of transformers: a position that does not follow the one before it begins a document.
     """
     ids = _as_rows("input_ids", input_ids)
     given = [ids]
     if attention_mask is not None:
-        given.append(_as_rows("attention_mask", attention_mask, ids.shape).ne(0))
+        mask = _as_rows("attention_mask", attention_mask, ids.shape)
+        given.append(torch.where((mask == 0) | (mask == 1), mask, 2))
     if position_ids is not None:
         given.append(_as_rows("position_ids", position_ids, ids.shape))
     if any(x.is_meta for x in given):
@@ -45,13 +62,14 @@ def host_rows(
     device = ids.device
     host = torch.stack([x.to(device, torch.int64) for x in given]).cpu().numpy()
     rest = iter(host[1:])
-    mask = next(rest).astype(bool) if attention_mask is not None else np.ones(ids.shape, bool)
-    positions = next(rest, None)
-    documents = None
-    if attention_mask is None and positions is not None:
+    if attention_mask is not None:
+        values, positions = next(rest), next(rest, None)
+        return HostRows(host[0], values > 0, positions, numbered=bool((values > 1).any()))
+    positions, documents = next(rest, None), None
+    if positions is not None:
         starts = np.diff(positions, prepend=positions[:, :1]) != 1
         documents = starts if starts.sum() > len(starts) else None
-    return host[0], mask, positions, documents
+    return HostRows(host[0], np.ones(ids.shape, bool), positions, documents)
 
 
 def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_prefix_patch.rows import (
     ArrayLike,
+    HostRows,
     check_descriptor,
     check_mask,
     check_range,
@@ -107,30 +108,24 @@ class PrefixTree:
         device = input_ids.device if isinstance(input_ids, Tensor) else torch.device("cpu")
         if attention_mask is not None:
             check_mask(attention_mask)
-        ids, mask, positions, documents = host_rows(input_ids, attention_mask, position_ids)
-        if has_holes(mask):
+        rows = host_rows(input_ids, attention_mask, position_ids)
+        if has_holes(rows.mask):
             raise ValueError(
                 "attention_mask has a padded cell between real tokens, but the real tokens of each "
                 "row must be contiguous; remove the tokens that are masked inside of rows, or run "
                 "these rows unshared"
             )
-        if not mask.any():
+        if not rows.mask.any():
             raise ValueError(
-                f"there is no real token in {mask.shape[0]} rows of {mask.shape[1]}, but a tree "
-                "needs at least one; leave empty batches out"
+                "there is no real token in {} rows of {}, but a tree needs at least one; leave "
+                "empty batches out".format(*rows.mask.shape)
             )
-        return cls.from_host_rows(ids, mask, positions, documents, device)
+        return cls.from_host_rows(rows, device)
 
     @classmethod
-    def from_host_rows(
-        cls,
-        ids: np.ndarray,
-        mask: np.ndarray,
-        positions: np.ndarray | None,
-        documents: np.ndarray | None = None,
-        device: torch.device = _HOST,
-    ) -> PrefixTree:
-        """Plan what `host_rows` returned, without holes and with a real token."""
+    def from_host_rows(cls, rows: HostRows, device: torch.device = _HOST) -> PrefixTree:
+        """Plan rows without holes and with a real token."""
+        ids, mask, positions, documents, _ = rows
         check_range("input_ids", ids[mask], _MAX_TOKEN_ID)
         if positions is not None:
             check_range("position_ids", positions[mask], _MAX_POSITION)

@@ -127,6 +127,9 @@ def holes():
 BYPASSED = {
     "key/value cache": {"use_cache": True},
     "attention mask that is not [rows, length]": {"attention_mask": four_d_mask()},
+    "attention mask of other values than 0 and 1": {
+        "attention_mask": preference_batch().attention_mask * torch.arange(1, 16)
+    },
     "attention mask with holes": {"attention_mask": holes()},
     "output_attentions": {"output_attentions": True},
     "inputs_embeds": {
