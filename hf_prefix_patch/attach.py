@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.composite import decoder_of, pack_embeddings
-from hf_prefix_patch.hooks import BackbonePatch, OnBypass, patch_of
+from hf_prefix_patch.hooks import BackbonePatch, OnBypass, Options, patch_of
 from hf_prefix_patch.support import check_model
 from hf_prefix_patch.trainer import autocast_of
 from hf_prefix_patch.verify import verify_sharing
@@ -29,7 +29,7 @@ class Shared(NamedTuple):
     """
 
     backbone: PreTrainedModel
-    found: tuple[str, OnBypass, bool] | None
+    found: Options | None
 
 
 def share_model(
@@ -63,7 +63,7 @@ def share_model(
             mine.callback(_restore, backbone)
             patch = BackbonePatch(backbone, backend, on_bypass)
         else:
-            found = patch.backend, patch.on_bypass, patch.cache_by_default
+            found = patch.options
             mine.callback(patch.configure, *found)
             mine.callback(setattr, patch, "last", patch.last)
         # Nobody goes on from the cache of a classifier, and a trainer that calls a model beside its

@@ -19,10 +19,9 @@ from hf_prefix_patch.features import has_neftune, is_causal, is_known_attention
 CACHE_BY_DEFAULT = "key/value cache by default"
 LAYERS_CHANGED = "layers or layer types changed after enabling"
 
-DOCUMENTS = "several documents in a row"
-
 _POSITIONS = "pass integers of the shape of input_ids, counted from 0 in each row"
 _TEXT_ALONE = "give rows of text alone: images that a model takes in this way cannot be shared"
+_OWN_ROWS = "give each document a row of its own (packing=False, padding_free=False)"
 _UNSHARED = "call without this adapter; as it is, such a call is for rows, not for tokens"
 
 ADVICE = {
@@ -32,20 +31,27 @@ ADVICE = {
     "inputs_embeds": "pass input_ids, which sharing compares, and enable the model that is called, "
     "not the text decoder in it; prompt learning of PEFT cannot be shared",
     "attention mask that is not [rows, length]": "pass the padding mask, ones and zeros",
-    "attention mask of other values than 0 and 1": "pass ones and zeros: numbers of documents are "
-    "read in other ways by some trainers' attention; give each document a row of its own",
+    "attention mask of other values than 0 and 1": "pass ones and zeros; of several documents in a "
+    "row no mask, position_ids that count from 0 in each, and use_cache=False",
     "attention mask with holes": "remove the tokens that are masked inside of rows",
     "no real token": "leave empty batches out, and check the attention mask",
     "position_ids that are not [rows, length]": _POSITIONS,
     "position_ids that are not integers": _POSITIONS,
     "negative position_ids": _POSITIONS,
     "position_ids that jump": "count from 0 in each document",
-    DOCUMENTS: "give each document a row of its own, with packing=False and padding_free=False; or "
-    "leave verify=True, which finds out whether this model keeps them apart",
+    "several documents in a row, with images or sound": _OWN_ROWS,
+    "several documents in a row, of a model that was not verified": "leave verify=True, which "
+    f"tries whether this model keeps documents apart, or {_OWN_ROWS}",
+    "several documents in a row, and another attention than was verified": "call "
+    "enable_prefix_sharing again",
+    "several documents in a row, which this model was not seen to keep apart": f"{_OWN_ROWS}; as "
+    "it is, each may depend on those before it, without sharing too",
+    "several documents in each of several rows, in flash attention": "put all documents into one "
+    "row: transformers does not keep them apart in several, without sharing either",
     "boundaries of documents that are not those of position_ids": "leave out cu_seq_lens_q, "
     "cu_seq_lens_k and seq_idx, or count position_ids from 0 in each document",
     "several documents in a row, and a cache": "pass use_cache=False: beside a cache, even one "
-    "that nobody reads, transformers may not keep documents apart",
+    "that nobody reads, transformers may not keep documents apart, without sharing either",
     "input '...' beside the text": _TEXT_ALONE,
     "output_attentions": "ask for attention weights in a separate call",
     "input '...'": "leave it out of the call, if the model does without; docs/trainers.md lists "

@@ -6,21 +6,33 @@ shared, each as a row of its own, where the unpatched model keeps them apart.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prefix_patch.bypass import BOUNDARIES, DOCUMENTS
+from hf_prefix_patch.bypass import BOUNDARIES
 from hf_prefix_patch.features import is_flash
 from hf_prefix_patch.plans import Plan
 
 _TELLING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # where documents begin
 
 
+class Trial(NamedTuple):
+    """What verification saw of a model.
+
+    Attributes:
+        implementation: the attention that it had.
+        apart: whether documents in one row did not see one another.
+    """
+
+    implementation: str
+    apart: bool
+
+
 def documents_reason(
-    backbone: PreTrainedModel, inputs: dict[str, Any], apart_in: str | None, media: bool
+    backbone: PreTrainedModel, inputs: dict[str, Any], trial: Trial | None, media: bool
 ) -> str | None:
     """Why rows must run as they are because they hold several documents; None if they hold one
     each, or can be shared.
@@ -28,25 +40,35 @@ def documents_reason(
     Args:
         backbone: the decoder stack, or the composite around it.
         inputs: of a call that `bypass_reason` lets through.
-        apart_in: the attention implementation in which the model was seen to keep documents apart.
+        trial: of this model, if it was verified.
         media: whether the call holds images or sound.
     """
     positions: Tensor | None = inputs.get("position_ids")
     if inputs.get("attention_mask") is not None or positions is None:
         return None
+    reason = _reason_of_several(backbone, inputs, trial, media)
+    # Last, as it waits for the device.
+    return reason if reason and bool((positions.diff(dim=-1) != 1).any()) else None
+
+
+def _reason_of_several(
+    backbone: PreTrainedModel, inputs: dict[str, Any], trial: Trial | None, media: bool
+) -> str | None:
     config, asked = backbone.config.get_text_config(decoder=True), inputs.get("use_cache")
     by_default = any(getattr(x, "use_cache", False) for x in (backbone.config, config))
-    cached = by_default if asked is None else asked
-    # Flash attention looks at positions where there is one row only.
-    together = len(inputs["input_ids"]) > 1 and is_flash(config._attn_implementation)
-    apart = config._attn_implementation == apart_in and not (together or media)
-    if apart and not cached:
-        return None
-    if not bool((positions.diff(dim=-1) != 1).any()):  # last: it waits for the device
-        return None
-    if apart:
+    if media:
+        return "several documents in a row, with images or sound"
+    if trial is None:
+        return "several documents in a row, of a model that was not verified"
+    if trial.implementation != config._attn_implementation:
+        return "several documents in a row, and another attention than was verified"
+    if not trial.apart:
+        return "several documents in a row, which this model was not seen to keep apart"
+    if len(inputs["input_ids"]) > 1 and is_flash(config._attn_implementation):
+        return "several documents in each of several rows, in flash attention"
+    if by_default if asked is None else asked:
         return "several documents in a row, and a cache"
-    return DOCUMENTS
+    return None
 
 
 def boundaries_agree(inputs: dict[str, Any], plan: Plan) -> bool:

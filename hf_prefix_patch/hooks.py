@@ -21,7 +21,12 @@ from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.bypass import CACHE_BY_DEFAULT, advice, bypass_reason
 from hf_prefix_patch.composite import CALL, PlannedCall, decoder_of, pack_embeddings
 from hf_prefix_patch.config_views import Views
-from hf_prefix_patch.documents import boundaries_agree, documents_reason, without_boundaries
+from hf_prefix_patch.documents import (
+    Trial,
+    boundaries_agree,
+    documents_reason,
+    without_boundaries,
+)
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
 from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors, not_packed
 from hf_prefix_patch.media import Shown, media_of
@@ -46,6 +51,7 @@ from hf_prefix_patch.tree import PrefixTree
 from hf_prefix_patch.wrappers import backbone_of, unwrap
 
 OnBypass = Literal["warn", "ignore", "raise"]
+Options = tuple[str, OnBypass, bool, Trial | None]
 
 _STATE = "_prefix_sharing"
 _VIEWS = "_prefix_sharing_views"
@@ -67,8 +73,6 @@ class BackbonePatch:
         self._seen: dict[State, Seen] = {}
         self.last: Selection | None = None  # of the last shared call
         self._selections: dict[tuple[str, Needs], Selection] = {}
-        # Attention implementation in which documents in one row were seen not to see one another.
-        self.documents_apart_in: str | None = None
         self.stats = SharingStats()
         self.warned: set[str] = set()
         self.unshared_training_calls: int | None = 0  # None once something was shared
@@ -90,16 +94,28 @@ class BackbonePatch:
             NotImplementedError: recurrent layers that cannot follow the tree.
         """
         decoder = decoder_of(backbone)
-        self.documents_apart_in = None
         self.recurrence = recurrence_of(decoder)
         self._structure = structure_of(decoder)
         views_of(backbone).give(decoder)
 
-    def configure(self, backend: str, on_bypass: OnBypass, cache_by_default: bool = True) -> None:
-        """Set the options; `cache_by_default` as in `bypass_reason`."""
+    def configure(
+        self,
+        backend: str,
+        on_bypass: OnBypass,
+        cache_by_default: bool = True,
+        trial: Trial | None = None,
+    ) -> None:
+        """Set the options; `cache_by_default` as in `bypass_reason`, `trial` as verification sets
+        it."""
         self.backend = backend
         self.on_bypass: OnBypass = on_bypass
         self.cache_by_default = cache_by_default
+        self.trial = trial
+
+    @property
+    def options(self) -> Options:
+        """What `configure` was given."""
+        return self.backend, self.on_bypass, self.cache_by_default, self.trial
 
     def remove(self, backbone: PreTrainedModel) -> None:
         self.recurrence = None
@@ -182,7 +198,8 @@ class BackbonePatch:
             warn_caller(
                 f"prefix sharing: the first {_PATIENCE} training batches shared no token. Rows "
                 "that share a prompt must be in one batch and start in the same column (right "
-                f"padding){'; ' + _IMAGES if media else ''}. Bypassed calls: "
+                f"padding){'; ' + _IMAGES if media else ''}; several documents in a row need "
+                "position_ids and no attention_mask. Bypassed calls: "
                 f"{dict(self.stats.bypassed)}."
             )
 
@@ -263,7 +280,7 @@ def _plan_rows(
     others = {name: x for name, x in inputs.items() if name not in media}
     reason = bypass_reason(backbone, others, patch.cache_by_default)
     reason = reason or views_of(backbone).outdated(decoder)
-    reason = reason or documents_reason(backbone, inputs, patch.documents_apart_in, bool(media))
+    reason = reason or documents_reason(backbone, inputs, patch.trial, bool(media))
     if reason is not None:
         return Plan(None, reason), 1
     rows, times = [inputs.get(name) for name in ROW_INPUTS], 1

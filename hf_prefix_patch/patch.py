@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.attach import Shared, share_model
 from hf_prefix_patch.attention import BACKENDS
-from hf_prefix_patch.hooks import OnBypass, patch_of, patched_stacks
+from hf_prefix_patch.hooks import OnBypass, Options, patch_of, patched_stacks
 from hf_prefix_patch.options import check_counts, check_switches
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.selection import Selection
@@ -83,7 +83,7 @@ class PrefixSharing:
         """Undo the patch; nothing of it is left, whoever enabled it. Removing twice is fine."""
         self._undo([None for _ in self._backbones])
 
-    def _undo(self, found: list[tuple[str, OnBypass, bool] | None]) -> None:
+    def _undo(self, found: list[Options | None]) -> None:
         if self._trainer_patch is not None:
             self._undo_trainer(self._trainer_patch, found[0] is not None)
             self._trainer_patch = None

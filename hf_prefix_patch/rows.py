@@ -98,16 +98,15 @@ def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor
     return rows
 
 
-def check_mask(mask: ArrayLike) -> None:
-    """Refuse other values than 0 and 1, which have other meanings elsewhere: what is added to
-    scores, numbers of documents."""
+def not_a_mask(mask: ArrayLike) -> ValueError:
+    """Of other values than 0 and 1, which have other meanings elsewhere: what is added to scores,
+    numbers of documents."""
     values = _as_rows("attention_mask", mask)
-    if not bool(((values == 0) | (values == 1)).all()):
-        low, high = values.min().item(), values.max().item()
-        raise ValueError(
-            f"attention_mask holds values from {low} to {high}, but must hold 1 at real tokens and "
-            "0 in the padding; pass the padding mask of a tokenizer or collator"
-        )
+    low, high = values.min().item(), values.max().item()
+    return ValueError(
+        f"attention_mask holds values from {low} to {high}, but must hold 1 at real tokens and 0 "
+        "in the padding; pass the padding mask of a tokenizer or collator"
+    )
 
 
 def check_descriptor(name: str, x: Any) -> None:

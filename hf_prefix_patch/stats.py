@@ -42,7 +42,9 @@ class SharingStats:
 
     def __str__(self) -> str:
         """In words: tokens, ratios, calls, and what was bypassed."""
-        reasons = ", ".join(f"{reason} ({n})" for reason, n in self.bypassed.items())
+        reasons = "; ".join(f"{reason} ({n})" for reason, n in self.bypassed.items())
+        if not self.calls:
+            return f"no call shared; bypassed: {reasons or 'none'}"
         return (
             f"{self.packed_tokens:,} tokens computed in place of {self.padded_tokens:,} "
             f"({self.padded_ratio:.2f}x, of which sharing {self.sharing_ratio:.2f}x, the rest "

@@ -17,10 +17,10 @@ from hf_prefix_patch.rows import (
     ArrayLike,
     HostRows,
     check_descriptor,
-    check_mask,
     check_range,
     has_holes,
     host_rows,
+    not_a_mask,
 )
 from hf_prefix_patch.trie import trie_of_descriptors, trie_of_rows
 
@@ -106,9 +106,9 @@ class PrefixTree:
             TypeError: ids or positions that are not integers.
         """
         device = input_ids.device if isinstance(input_ids, Tensor) else torch.device("cpu")
-        if attention_mask is not None:
-            check_mask(attention_mask)
         rows = host_rows(input_ids, attention_mask, position_ids)
+        if rows.numbered and attention_mask is not None:
+            raise not_a_mask(attention_mask)
         if has_holes(rows.mask):
             raise ValueError(
                 "attention_mask has a padded cell between real tokens, but the real tokens of each "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.backends.base import Backend
 from hf_prefix_patch.composite import decoder_of
+from hf_prefix_patch.documents import Trial
 from hf_prefix_patch.features import has_experts, is_bitsandbytes
 from hf_prefix_patch.hooks import BackbonePatch, patch_of
 from hf_prefix_patch.modes import evaluating, uncompiled
@@ -33,6 +34,7 @@ TOLERANCE_FP32 = (1e-3, 1e-3)
 # Largest change of a token's hidden state, relative to its norm, by what the document before its
 # own holds, in any dtype: what is computed of the token is the same. Of 113 model types those that
 # keep documents apart stay below 2e-7, the others above 1e-4, with weights a tenth as large too.
+# In fp16 experts may round by how many tokens they have, and are then taken for one of the others.
 _LEAK = 1e-5
 
 # Two pairs: prompt, chosen and rejected lengths. The first is padded right, the second left, where
@@ -44,7 +46,7 @@ _RESPONSE = 9  # tokens of a row from here on belong to its response
 
 def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     """Compare a patched decoder stack with itself unpatched, and find out whether that keeps
-    documents in one row apart. It has been refreshed, so calls with documents run as they are.
+    documents in one row apart.
 
     Training flags, random state, gradients and counters are left alone, nothing is compiled, and
     sharded weights are sharded again.
@@ -62,6 +64,7 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     """
     patch = patch_of(backbone)
     assert patch is not None
+    patch.trial = None  # without one, calls with documents run as they are
     ids, mask = _random_pairs(backbone)
     if patch.sees_padding:  # such a batch runs as it is
         ids, mask = ids[:_PADDED_RIGHT], mask[:_PADDED_RIGHT]
@@ -118,10 +121,12 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
             f"{tolerance:.0e}; the model was restored. It takes positions from the mask, or "
             "something beside attention looks across the tokens of a row; run it unpatched."
         )
-    if behind is None or not _error(*behind).max() <= _LEAK:
-        return
-    if _of_row(_error(behind[0], unshared[1, real[1]]), routed) <= tolerance:
-        patch.documents_apart_in = decoder_of(backbone).config._attn_implementation
+    apart = (
+        behind is not None
+        and bool(_error(*behind).max() <= _LEAK)
+        and bool(_of_row(_error(behind[0], unshared[1, real[1]]), routed) <= tolerance)
+    )
+    patch.trial = Trial(decoder_of(backbone).config._attn_implementation, apart)
 
 
 class _Calls:
@@ -267,8 +272,8 @@ def _shared_hidden(calls: _Calls, patch: BackbonePatch, ids: Tensor, mask: Tenso
 
 
 def _behind_others(calls: _Calls, document: Tensor) -> list[Tensor] | None:
-    """`[T, H]` of a document of `[T]` tokens that stands behind another one in a row, without a
-    mask, once behind one and once behind another; None if the model cannot be called so."""
+    """`[T, H]` of a document of `[T]` tokens behind one document and behind another, in a row
+    without a mask; None if the model cannot be called so."""
     positions = torch.arange(len(document), device=document.device).repeat(2)
     rows = [torch.cat([other, document]) for other in (document, document.flip(0))]
     try:

@@ -1,6 +1,7 @@
 """Several documents in one row, told apart by their positions alone: padding-free batches."""
 
 import copy
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -22,14 +23,18 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_prefix_patch import DataCollatorWithPrefixSharing, PrefixTree, enable_prefix_sharing
-from hf_prefix_patch.bypass import DOCUMENTS
-from hf_prefix_patch.documents import documents_reason
+from hf_prefix_patch.documents import Trial, documents_reason
 from hf_prefix_patch.hooks import patch_of
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, Plan
+from hf_prefix_patch.verify import verify_sharing
 
 SEEN_TOGETHER = {"gpt-oss", *HYBRIDS}
 """Families whose unpatched layers look across documents: no positions in the mask of gpt-oss (other
 than in flash attention), states that go on."""
+
+TOGETHER = "several documents in a row, which this model was not seen to keep apart"
+UNVERIFIED = "several documents in a row, of a model that was not verified"
+CHANGED = "several documents in a row, and another attention than was verified"
 
 APART = [family for family in FAMILIES if family not in SEEN_TOGETHER]
 
@@ -114,7 +119,7 @@ def test_models_that_see_documents_together_run_as_they_are(family):
         with enable_prefix_sharing(model) as sharing:
             assert torch.equal(model(**inputs, use_cache=False).logits, want)
     # The stack of Mamba takes no positions, and its model hands none on.
-    reason = NOTHING_TO_GAIN if family == "mamba2" else DOCUMENTS
+    reason = NOTHING_TO_GAIN if family == "mamba2" else TOGETHER
     assert sharing.stats.bypassed == {reason: 1}
 
 
@@ -126,18 +131,18 @@ def test_documents_are_not_shared_unless_they_were_seen_apart():
         want = model(**inputs, use_cache=False).logits
         with enable_prefix_sharing(model, verify=False) as sharing:
             assert torch.equal(model(**inputs, use_cache=False).logits, want)
-            assert sharing.stats.bypassed == {DOCUMENTS: 1}
+            assert sharing.stats.bypassed == {UNVERIFIED: 1}
             again = enable_prefix_sharing(model)
             model(**inputs, use_cache=False)
             assert again.stats.calls == 1
             enable_prefix_sharing(model, verify=False)
             model(**inputs, use_cache=False)
-            assert again.stats.bypassed == {DOCUMENTS: 2}
+            assert again.stats.bypassed == {UNVERIFIED: 2}
             enable_prefix_sharing(model)
             model.config._attn_implementation = "eager"
             model(**inputs, use_cache=False)
             assert again.stats.calls == 1
-            assert again.stats.bypassed == {DOCUMENTS: 3}
+            assert again.stats.bypassed == {UNVERIFIED: 2, CHANGED: 1}
             enable_prefix_sharing(model)
             model(**inputs, use_cache=False)
             assert again.stats.calls == 2
@@ -151,7 +156,7 @@ def test_a_little_is_seen_too(family, dtype):
         pytest.importorskip("tree_recurrence", reason="hybrids need tree-recurrence")
     model = tiny_model(family, initializer_range=0.02).to(dtype)
     with enable_prefix_sharing(model):
-        assert patch_of(model.model).documents_apart_in is None
+        assert not patch_of(model.model).trial.apart
 
 
 def test_apart_but_not_the_same():
@@ -167,7 +172,7 @@ def test_apart_but_not_the_same():
     )
     model.model.norm.register_forward_hook(other)
     with enable_prefix_sharing(model):
-        assert patch_of(model.model).documents_apart_in is None
+        assert not patch_of(model.model).trial.apart
 
 
 @pytest.mark.parametrize("family", APART)
@@ -175,7 +180,7 @@ def test_apart_but_not_the_same():
 def test_half_precision_keeps_documents_apart(family, dtype):
     model = tiny_model(family, "eager" if family in NO_SDPA else "sdpa").to(dtype)
     with enable_prefix_sharing(model):
-        assert patch_of(model.model).documents_apart_in == model.config._attn_implementation
+        assert patch_of(model.model).trial == (model.config._attn_implementation, True)
 
 
 @pytest.mark.needs(transformers=">=4.55")  # the first with gpt-oss
@@ -184,9 +189,20 @@ def test_what_was_seen_is_looked_at_again():
     model = tiny_model("gpt-oss")
     enable_prefix_sharing(model)
     patch = patch_of(model.model)
-    patch.documents_apart_in = "eager"
-    enable_prefix_sharing(model)
-    assert patch.documents_apart_in is None
+    patch.trial = Trial("eager", apart=True)
+    verify_sharing(model, model.model)
+    assert patch.trial == ("eager", False)
+
+
+@pytest.mark.parametrize("options", [{"verify": False}, {"backend": "flash"}])
+def test_an_inner_enable_gives_back_what_was_seen(options):
+    """When it ends, or is refused."""
+    model, batch = tiny_model(), preference_batch()
+    outer = enable_prefix_sharing(model)
+    with suppress(NotImplementedError), enable_prefix_sharing(model, **options):
+        assert patch_of(model.model).trial is None
+    model(**documents(batch), use_cache=False)
+    assert outer.stats.calls == 1
 
 
 def test_a_copy_knows_what_was_seen():
@@ -209,7 +225,7 @@ def test_a_model_that_takes_no_positions():
     want = run(model, batch)
     with enable_prefix_sharing(model) as sharing:
         assert_same_run(run(model, batch), want)
-        assert patch_of(model.model).documents_apart_in is None
+        assert not patch_of(model.model).trial.apart
     assert sharing.stats.calls == 1
 
 
@@ -259,16 +275,16 @@ def test_padding_at_the_end_of_the_row():
 def test_flash_attention_parts_documents_of_one_row_only():
     model = tiny_model(use_cache=False)
 
-    def reason(rows, seen_in="flash_attention_2", positions=(0, 1, 0, 1)):
-        ids, positions = torch.zeros(rows, 4).long(), torch.tensor([positions])
-        inputs = {"input_ids": ids, "position_ids": positions}
-        return documents_reason(model.model, inputs, seen_in, media=False)
+    def reason(attention, rows, positions=(0, 1, 0, 1)):
+        model.config._attn_implementation_internal = attention
+        inputs = {"input_ids": torch.zeros(rows, 4), "position_ids": torch.tensor([positions])}
+        return documents_reason(model.model, inputs, Trial(attention, apart=True), media=False)
 
-    model.config._attn_implementation_internal = "flash_attention_2"
-    assert (reason(1), reason(2), reason(1, "sdpa")) == (None, DOCUMENTS, DOCUMENTS)
-    assert reason(2, positions=range(4)) is None
-    model.config._attn_implementation_internal = "sdpa"
-    assert (reason(2, "sdpa"), reason(2)) == (None, DOCUMENTS)
+    assert reason("flash_attention_2", 1) is None
+    told = "several documents in each of several rows, in flash attention"
+    assert reason("flash_attention_2", 2) == told
+    assert reason("flash_attention_2", 2, positions=range(4)) is None
+    assert reason("sdpa", 2) is None
 
 
 @composites
@@ -366,7 +382,7 @@ def test_documents_with_images_run_as_they_are():
         with enable_prefix_sharing(model) as sharing:
             got = model(**inputs, **images, use_cache=False).logits
     assert torch.equal(got, want)
-    assert sharing.stats.bypassed == {DOCUMENTS: 1}
+    assert sharing.stats.bypassed == {"several documents in a row, with images or sound": 1}
 
 
 def boundaries(batch):
