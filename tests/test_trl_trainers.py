@@ -594,8 +594,9 @@ def test_the_page_of_trainers_runs(llama, tmp_path, monkeypatch):
         exec(block, names)
         if "sharing" in names:
             ratios.append(names["sharing"].stats.sharing_ratio)
-    assert len(blocks) == 3
-    assert [ratio > 1.5 for ratio in ratios] == [True]
+    assert len(blocks) == 4
+    assert [ratio > 1.5 for ratio in ratios] == [True, True]
+    assert len(names["logps"]) == sum(map(len, names["answers"]))
     assert is_shared(names["reward"])
     assert len(names["unpaired"]) == 24
     both = names["unpaired"]["prompt"][:8]
