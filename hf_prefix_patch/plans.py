@@ -28,7 +28,7 @@ class Plan:
         reason: why the rows must run as they are; None if they can be packed.
         padded_beyond: whether a padded cell has a larger position than every token.
         padded_before: whether a row begins with padding.
-        documents: the cells in which documents begin, where rows hold several; else None.
+        documents: as in `HostRows`.
         largest_id, largest_position: of the real tokens; -1 where there is no tree, or they were
             not looked at.
     """
@@ -66,7 +66,7 @@ class Plan:
             return cls(None, "no real token")
         if positions is not None and positions[mask].min() < 0:
             return cls(None, "negative position_ids")
-        if documents is not None and positions is not None and positions[documents].any():
+        if documents is not None and positions is not None and positions.flat[documents].any():
             return cls(None, "position_ids that jump")
         tree = PrefixTree.from_host_rows(rows)
         gains = tree.packed_tokens < tree.padded_tokens
@@ -75,8 +75,7 @@ class Plan:
         beyond = last > largest[1]
         before = bool((~mask[:, 0] & mask.any(axis=1)).any())
         reason = None if gains else NOTHING_TO_GAIN
-        starts = None if documents is None else np.flatnonzero(documents)
-        return cls(tree, reason, beyond, before, starts, *largest)
+        return cls(tree, reason, beyond, before, documents, *largest)
 
     def on(self, device: torch.device) -> PrefixTree:
         """The tree on the device of a call; moved once."""

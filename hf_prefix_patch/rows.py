@@ -16,13 +16,13 @@ ArrayLike = Tensor | np.ndarray | Sequence[Sequence[int]]
 
 
 class HostRows(NamedTuple):
-    """Rows on the host, `[R, L]` each.
+    """Rows on the host.
 
     Attributes:
-        ids: int64.
-        mask: bool, of real tokens.
-        positions: int64; None where they are the columns.
-        documents: bool, where documents begin; None where each row is one.
+        ids: `[R, L]` int64.
+        mask: `[R, L]` bool, of real tokens.
+        positions: `[R, L]` int64; None where they are the columns.
+        documents: `[D]` int64, the cells in which documents begin; None where each row is one.
         numbered: whether the mask that was given holds other values than 0 and 1.
     """
 
@@ -67,8 +67,8 @@ def host_rows(
         return HostRows(host[0], values > 0, positions, numbered=bool((values > 1).any()))
     positions, documents = next(rest, None), None
     if positions is not None:
-        starts = np.diff(positions, prepend=positions[:, :1]) != 1
-        documents = starts if starts.sum() > len(starts) else None
+        starts = np.flatnonzero(np.diff(positions, prepend=positions[:, :1]) != 1)
+        documents = starts if len(starts) > len(positions) else None
     return HostRows(host[0], np.ones(ids.shape, bool), positions, documents)
 
 

@@ -134,8 +134,7 @@ class PrefixTree:
         if documents is None:
             starts, sizes = np.arange(0, ids.size, length) + mask.argmax(1), mask.sum(1)
         else:
-            starts = np.flatnonzero(documents)
-            sizes = np.diff(starts, append=ids.size)
+            starts, sizes = documents, np.diff(documents, append=ids.size)
         plan = trie_of_rows(symbols.reshape(-1), starts, sizes)
         source = plan["source"]
         kept = source % length if positions is None else positions.flat[source]

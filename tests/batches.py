@@ -115,6 +115,21 @@ def documents(batch: Batch) -> dict[str, Tensor]:
     return {"input_ids": batch.input_ids[real][None], "position_ids": positions[real][None]}
 
 
+def boundaries(batch: Batch) -> dict[str, Any]:
+    """What a collator may give along with documents for flash attention and recurrent layers, by
+    transformers' names."""
+    sizes = batch.attention_mask.sum(1)
+    ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+    numbers = torch.arange(len(sizes), dtype=torch.int32, device=sizes.device)
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends.clone(),
+        "max_length_q": sizes.max().item(),
+        "max_length_k": sizes.max().item(),
+        "seq_idx": numbers.repeat_interleave(sizes)[None],
+    }
+
+
 def rows_of_documents(x: Tensor, batch: Batch) -> Tensor:
     """`[R, L, ...]` of `[1, T, ...]`, zeros in the padding."""
     rows = x.new_zeros(*batch.input_ids.shape, *x.shape[2:])

@@ -9,12 +9,13 @@ import torch
 from batches import (
     LayerTokens,
     assert_same_run,
+    boundaries,
     documents,
-    left_padded_with_positions,
     pad_rows,
     preference_batch,
     rows_of_documents,
     run,
+    tree_of_rows,
 )
 from composites import image_batch, tiny_composite
 from families import CHECKPOINTING, FAMILIES, HYBRIDS, NO_SDPA, set_checkpointing, tiny_model
@@ -33,15 +34,12 @@ from hf_prefix_patch.hooks import patch_of
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, Plan
 from hf_prefix_patch.verify import verify_sharing
 
-SEEN_TOGETHER = {"gpt-oss", *HYBRIDS}
-"""Families whose unpatched layers look across documents: no positions in the mask of gpt-oss (other
-than in flash attention), states that go on."""
-
 TOGETHER = "several documents in a row, which this model was not seen to keep apart"
 UNVERIFIED = "several documents in a row, of a model that was not verified"
 CHANGED = "several documents in a row, and another attention than was verified"
 
-APART = [family for family in FAMILIES if family not in SEEN_TOGETHER]
+APART = [family for family in FAMILIES if family != "gpt-oss"]
+"""Unpatched gpt-oss makes its mask without positions, but in flash attention."""
 
 composites = pytest.mark.needs(transformers=">=5")
 
@@ -275,9 +273,7 @@ def test_padding_at_the_end_of_the_row():
         with enable_prefix_sharing(model) as sharing:
             got = model(**inputs, use_cache=False).logits
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
-    padded = rows_of(*batch.rows, [0])
-    rows = PrefixTree.from_rows(*padded.inputs.values())
-    assert sharing.stats.packed_tokens == rows.packed_tokens
+    assert sharing.stats.packed_tokens == tree_of_rows([*batch.rows, [0]]).packed_tokens
 
 
 def test_flash_attention_parts_documents_of_one_row_only():
@@ -370,16 +366,6 @@ def test_flattening_collator_of_transformers(tmp_path):
     assert handle.stats.sharing_ratio > 1.4
 
 
-def test_positions_that_come_with_padded_rows_still_share():
-    """A mask and positions of every row: rows, as before."""
-    batch, positions = left_padded_with_positions()
-    model = tiny_model()
-    want = run(model, batch, position_ids=positions)
-    with enable_prefix_sharing(model) as sharing:
-        assert_same_run(run(model, batch, position_ids=positions), want)
-    assert sharing.stats.calls == 1
-
-
 @composites
 def test_documents_with_images_run_as_they_are():
     batch, images = image_batch("llava")
@@ -391,21 +377,6 @@ def test_documents_with_images_run_as_they_are():
             got = model(**inputs, **images, use_cache=False).logits
     assert torch.equal(got, want)
     assert sharing.stats.bypassed == {"several documents in a row, with images or sound": 1}
-
-
-def boundaries(batch):
-    """What a collator may give along for flash attention and recurrent layers, by transformers'
-    names."""
-    sizes = batch.attention_mask.sum(1)
-    ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
-    numbers = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes)
-    return {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends.clone(),
-        "max_length_q": sizes.max().item(),
-        "max_length_k": sizes.max().item(),
-        "seq_idx": numbers[None],
-    }
 
 
 @pytest.mark.parametrize("one_document", [False, True])

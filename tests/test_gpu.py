@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from batches import LayerTokens, pad_rows, run
+from batches import LayerTokens, boundaries, pad_rows, run
 from composites import image_batch, tiny_composite
 from families import NO_SDPA, set_checkpointing, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -206,9 +206,7 @@ def test_models_are_no_worse_than_unpatched(name, family, dtype, mode):
     options = model_options(64)
     truth_model = tiny_model(family, "eager" if family in NO_SDPA else "sdpa", **options).cuda()
     model = tiny_model(family, attention_name, **options).cuda().to(dtype)
-    with torch.no_grad():  # the same rounded weights
-        for exact, rounded in zip(truth_model.parameters(), model.parameters(), strict=True):
-            exact.copy_(rounded)
+    give_weights(model, truth_model)
     set_checkpointing(model, mode)
     truth = run(truth_model, batch)
     unpatched = run(model, batch)
@@ -221,6 +219,13 @@ def test_models_are_no_worse_than_unpatched(name, family, dtype, mode):
     assert set(seen.shapes) == {(1, packed)}
     for ours, theirs in zip(errors(shared, truth), errors(unpatched, truth), strict=True):
         assert 0 < ours <= 2 * theirs
+
+
+def give_weights(rounded, exact):
+    """Those of a model in half precision to one in fp32."""
+    with torch.no_grad():
+        for theirs, ours in zip(exact.parameters(), rounded.parameters(), strict=True):
+            theirs.copy_(ours)
 
 
 def errors(found, truth):
@@ -240,20 +245,14 @@ def test_documents_in_one_row(name, implementation):
     if implementation is None:
         pytest.skip("flash: no flash attention here")
     batch = on_cuda(ragged_rows())
-    ends = torch.nn.functional.pad(batch.attention_mask.sum(1).cumsum(0), (1, 0)).int()
-    longest = batch.attention_mask.sum(1).max().item()
-    along = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone()}
-    along |= {"max_length_q": longest, "max_length_k": longest}
     truth_model = tiny_model("llama", **model_options(64)).cuda()
     model = tiny_model("llama", implementation, **model_options(64)).cuda().bfloat16()
-    with torch.no_grad():  # the same rounded weights
-        for exact, rounded in zip(truth_model.parameters(), model.parameters(), strict=True):
-            exact.copy_(rounded)
+    give_weights(model, truth_model)
     truth = run(truth_model, batch)
     options = {"one_row": True, "use_cache": False}
     unpatched = run(model, batch, **options)
     with enable_prefix_sharing(model, backend=name) as sharing:
-        found = [run(model, batch, **options), run(model, batch, **options, **along)]
+        found = [run(model, batch, **options), run(model, batch, **options, **boundaries(batch))]
     assert (sharing.stats.calls, sharing.stats.bypassed.total()) == (2, 0)
     assert sharing.stats.packed_tokens < sharing.stats.row_tokens
     for shared in found:
