@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
@@ -67,7 +68,8 @@ ADVICE = {
     "adapters chosen by row": _UNSHARED,
     "an adapter that depends on the batch": _UNSHARED,
     "PEFT reads the activations of rows": "wait until PEFT has initialised its adapter",
-    "context parallel": "set cp_size and sp_size of accelerate to 1",
+    "context parallel": "set cp_size and sp_size of accelerate, or verl's "
+    "ulysses_sequence_parallel_size, to 1",
     "a torch.func transformation": "use torch.autograd",
     "tracing or export": "call disable_prefix_sharing(model) before, as what is made serves other "
     "batches too",
@@ -198,8 +200,14 @@ def _options(composite: PreTrainedModel, inputs: dict[str, Any]) -> set[str]:
 
 
 def _context_parallel() -> bool:
-    """Whether accelerate splits rows over processes (context or sequence parallelism)."""
+    """Whether rows are split over processes, by accelerate, by PyTorch or by verl."""
     state = sys.modules.get("accelerate.state")
     shared = state.AcceleratorState._shared_state if state else {}
     plan = shared.get("parallelism_config")
-    return any((getattr(plan, name, None) or 1) > 1 for name in ("cp_size", "sp_size"))
+    if any((getattr(plan, name, None) or 1) > 1 for name in ("cp_size", "sp_size")):
+        return True
+    # Within PyTorch's `context_parallel`.
+    called = F.scaled_dot_product_attention.__module__ or ""
+    ulysses = sys.modules.get("verl.utils.ulysses")
+    size = ulysses.get_ulysses_sequence_parallel_world_size() if ulysses else 1
+    return called.startswith("torch.distributed.") or size > 1

@@ -134,12 +134,20 @@ def is_flash(implementation: str | None) -> bool:
 
 def is_known_attention(implementation: str | None) -> bool:
     """Whether an attention implementation computes what transformers' own do, and no function that
-    the user has registered."""
+    was registered, or that was put in the place of what transformers' flash attention calls."""
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    if function is None or (is_flash(implementation) and "/" in (implementation or "")):
-        return True  # nothing, or a flash kernel from the hub
+    if function is None:
+        return True
     function = getattr(function, "func", function)
-    return getattr(function, "__module__", "").startswith("transformers.")
+    called = getattr(function, "__globals__", {}).get("_flash_attention_forward", function)
+    if is_flash(implementation) and "/" in (implementation or ""):
+        return True  # a flash kernel from the hub
+    # verl puts its own there always, which calls transformers' unless rows are split.
+    return _module(function) == "transformers" and _module(called) in ("transformers", "verl")
+
+
+def _module(function: Any) -> str:
+    return getattr(function, "__module__", "").partition(".")[0]
 
 
 def flash_dtype(config: Any) -> torch.dtype | None:

@@ -117,6 +117,20 @@ class Launch:
         if options.verify and absent is not None:
             warnings.warn(_unverified(name, absent), stacklevel=3)
 
+    def sharded(self, model: nn.Module, by_module: bool) -> None:
+        """Verify what waits for it in a model whose weights were sharded, before a step is taken.
+
+        Args:
+            model: as it will be called.
+            by_module: whether each module gathers its own weights; if not, `model` has to be called
+                for that.
+        """
+        for backbone in patched_stacks(model):
+            waits = verify_before_first_call in backbone._forward_pre_hooks.values()
+            if waits and is_sharded(backbone):
+                _forget_verification(backbone)
+                _verify(backbone, backbone if by_module else model)
+
     @property
     def _on_bypass(self) -> OnBypass:
         return cast(OnBypass, self.options.on_bypass)
@@ -167,18 +181,24 @@ def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) 
     A plain function without state: models that carry it can be copied and pickled.
     """
     _forget_verification(backbone)
-    patch, name = patch_of(backbone), type(backbone).__name__
-    if patch is None:  # the script has removed it
+    if patch_of(backbone) is None:  # the script has removed it
         return
     absent = absent_weights(backbone)
     if absent is None and is_sharded(backbone):
         absent = "its weights are sharded, and it is called by what gathers them"
-    if absent is not None:
-        warn_caller(_unverified(name, absent))
-        return
-    cache_by_default = patch.cache_by_default  # the head is not seen from here
+    if absent is None:
+        _verify(backbone, backbone)
+    else:
+        warn_caller(_unverified(type(backbone).__name__, absent))
+
+
+def _verify(backbone: PreTrainedModel, called: nn.Module) -> None:
+    """Through `called`, which is the stack itself or holds it."""
+    patch, name = patch_of(backbone), type(backbone).__name__
+    assert patch is not None
+    cache_by_default = patch.cache_by_default  # the head is not seen from the stack
     try:
-        enable_prefix_sharing(backbone, backend=patch.backend, on_bypass=patch.on_bypass)
+        enable_prefix_sharing(called, backend=patch.backend, on_bypass=patch.on_bypass)
         patch.cache_by_default = cache_by_default
     except _REFUSALS as refusal:
         patch.stats.bypassed[str(refusal)] += 1

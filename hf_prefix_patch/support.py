@@ -68,7 +68,8 @@ def check_model(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
     if not is_known_attention(config._attn_implementation):
         raise refusal(
             name,
-            f"attends by {config._attn_implementation!r}, a function that was registered",
+            f"attends by {config._attn_implementation!r}, a function that was registered, or that "
+            "calls another one than transformers' own",
             "one of transformers' own, in whose place shared attention stands",
             "load it with attn_implementation='sdpa', if the function computes the same",
         )

@@ -130,7 +130,8 @@ def switch_on_from_environment() -> None:
 
 
 class Switch(MetaPathFinder):
-    """Attaches to transformers' model loading and trainers when their modules are imported."""
+    """Attaches to transformers' model loading and trainers, and to what shards models elsewhere,
+    when their modules are imported."""
 
     def __init__(self, options: LaunchOptions) -> None:
         self.options = options
@@ -138,9 +139,11 @@ class Switch(MetaPathFinder):
         self.waiting: dict[str, Callable[[Any], None]] = {
             "transformers.modeling_utils": self._attach_to_loading,
             "transformers.trainer": self._attach_to_construction,
+            "deepspeed": self._attach_to_deepspeed,
+            "verl.workers.engine.fsdp.transformer_impl": self._attach_to_verl,
         }
         self._launch: Launch | None = None
-        self._replaced: list[tuple[type, str, Any]] = []
+        self._replaced: list[tuple[Any, str, Any]] = []
         self._under_construction: set[int] = set()
 
     @property
@@ -206,6 +209,30 @@ class Switch(MetaPathFinder):
         for cls in _with_subclasses(base):
             self._watch_constructor(cls)
 
+    def _attach_to_deepspeed(self, module: Any) -> None:
+        original = module.initialize
+
+        @functools.wraps(original)
+        def initialize(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.used:
+                self.launch().sharded(result[0], by_module=True)
+            return result
+
+        self._replace(module, "initialize", initialize)
+
+    def _attach_to_verl(self, module: Any) -> None:
+        original = module.FSDPEngine.initialize
+
+        @functools.wraps(original)
+        def initialize(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(engine, *args, **kwargs)
+            with engine.eval_mode():  # weights may be offloaded outside
+                self.launch().sharded(engine.module, by_module=False)
+            return result
+
+        self._replace(module.FSDPEngine, "initialize", initialize)
+
     def _watch_constructor(self, cls: Any) -> None:
         """Act at the end of the outermost constructor: subclasses go on after that of the base."""
         if "__init__" not in vars(cls):
@@ -226,7 +253,7 @@ class Switch(MetaPathFinder):
 
         self._replace(cls, "__init__", __init__)
 
-    def _replace(self, owner: type, name: str, value: Any) -> None:
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
         self._replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, value)
 

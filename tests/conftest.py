@@ -24,6 +24,15 @@ settings.register_profile("long", max_examples=10_000, **any_speed)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, for wrappers that want one."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def pytest_collection_finish() -> None:
     # Every training run collects garbage; this spares it what the imports have left.
     gc.freeze()

@@ -70,16 +70,6 @@ def blocks_of(language, pages=PAGES):
 
 
 @pytest.fixture
-def one_process(tmp_path):
-    """A process group of this process alone, for wrappers that want one."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
 def launched(monkeypatch):
     """The environment of a script that `torchrun` started, in one process."""
     with socket.socket() as found:
@@ -200,7 +190,8 @@ def test_commands_parse(block):
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             assert extra is None or extra in project["optional-dependencies"]
         else:
-            assert words[0] in ("python", "trl", "llamafactory-cli", "axolotl", "swift")
+            others = ("python", "trl", "llamafactory-cli", "axolotl", "swift", "deepspeed")
+            assert words[0] in others
         for word in words:
             assert not word.startswith(("examples/", "benchmarks/")) or (ROOT / word).exists(), word
         if words[0] == "python" and words[1].startswith("benchmarks/"):

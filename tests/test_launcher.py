@@ -1,6 +1,7 @@
 """The launcher: models and trainers of a script that knows nothing of it."""
 
 import copy
+import importlib
 import inspect
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 import warnings
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 import torch
 import transformers
 import trl
-from batches import preference_batch
+from batches import assert_same_run, preference_batch, run
 from families import tiny_model
 from launched_script import both
 from tiny_trl import (
@@ -433,6 +435,139 @@ def test_sharded_weights_of_a_loop_of_ones_own(launched, llama):
     ):
         model(**rows())
     assert stats_of(model).calls == 1
+
+
+VERL = """
+from contextlib import contextmanager
+
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+
+class FSDPEngine:
+    def __init__(self, path):
+        self.path = path
+
+    def initialize(self):
+        self.module = AutoModelForCausalLM.from_pretrained(self.path)
+        for layer in self.module.model.layers:
+            fully_shard(layer)
+        fully_shard(self.module).register_forward_pre_hook(self.check)
+        self.loaded = False
+
+    def check(self, module, args):
+        assert self.loaded, "weights are offloaded"
+
+    @contextmanager
+    def eval_mode(self):
+        self.loaded = True
+        self.module.eval()
+        yield
+        self.loaded = False
+
+
+class Engine(FSDPEngine):
+    pass
+"""
+
+DEEPSPEED = """
+from torch import nn
+
+
+def initialize(model, stage):
+    for weight in model.parameters() if stage == 3 else ():
+        weight.ds_id = 0
+    engine = nn.Module()
+    engine.module = model
+    return engine, None, None, None
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Imports a module of another framework, of which there is a few lines that do the same."""
+    names = []
+
+    def write(name, source):
+        folder = tmp_path / name.replace(".", "/")
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        names.append(name.partition(".")[0])
+        return importlib.import_module(name)
+
+    yield write
+    for name in [name for name in sys.modules if name.partition(".")[0] in names]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def engine(stand_in, one_process):
+    """Shards the model before it can be verified; its weights are there in a context alone."""
+    return stand_in("verl.workers.engine.fsdp.transformer_impl", VERL).Engine
+
+
+def run_packed(engine):
+    """As verl calls a model."""
+    with engine.eval_mode():
+        return run(engine.module, preference_batch(), one_row=True, use_cache=False)
+
+
+def test_engine_of_verl(launched, llama, engine):
+    """Verified when it is whole; rows without padding are shared, sharded weights and all."""
+    plain = engine(llama)
+    plain.initialize()
+    want = run_packed(plain)
+    switch = launched()
+    made = engine(llama)
+    made.initialize()
+    assert_same_run(run_packed(made), want)
+    stats = stats_of(made.module)
+    assert (stats.calls, stats.bypassed) == (1, {})
+    assert stats.packed_tokens < stats.row_tokens
+    switch.off()
+    other = engine(llama)
+    other.initialize()
+    assert patch_of(other.module.base_model) is None
+
+
+def test_engine_of_verl_that_splits_rows(launched, llama, engine, monkeypatch):
+    """Ulysses: each process would take its part of a row for the row."""
+    ulysses = types.SimpleNamespace(get_ulysses_sequence_parallel_world_size=lambda: 2)
+    monkeypatch.setitem(sys.modules, "verl.utils.ulysses", ulysses)
+    plain = engine(llama)
+    plain.initialize()
+    launched()
+    made = engine(llama)
+    with pytest.warns(UserWarning, match="LlamaModel runs without .*context parallel"):
+        made.initialize()
+    assert patch_of(made.module.base_model) is None
+    assert_same_run(run_packed(made), run_packed(plain))
+
+
+def test_engine_of_verl_without_verification(launched, llama, engine):
+    launched(verify=False)
+    made = engine(llama)
+    made.initialize()
+    run_packed(made)
+    reason = "several documents in a row, of a model that was not verified"
+    assert (stats_of(made.module).calls, stats_of(made.module).bypassed) == (0, {reason: 1})
+
+
+def test_engine_of_deepspeed(launched, llama, stand_in):
+    """Weights that ZeRO-3 has sharded can be gathered when the engine is made, and not within its
+    first call; others are left for that."""
+    switch = launched()
+    deepspeed = stand_in("deepspeed", DEEPSPEED)
+    for stage in (2, 3):
+        engine, *_ = deepspeed.initialize(model=load(llama), stage=stage)
+        model = engine.module
+        waits = verify_before_first_call in model.base_model._forward_pre_hooks.values()
+        assert waits == (stage == 2)
+        run(model, preference_batch(), one_row=True, use_cache=False)
+        assert (stats_of(model).calls, stats_of(model).bypassed) == (1, {})
+    switch.off()
+    assert not hasattr(deepspeed.initialize, "__wrapped__")
 
 
 def test_backend_that_is_named_is_asked_for_when_it_is_needed(launched, llama, tmp_path):

@@ -391,29 +391,23 @@ def test_the_comparison_bears_overflow():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_distributed(layout, compiled, tmp_path):
+def test_distributed(layout, compiled, one_process):
     """The gradients of a DDP model are reduced: they come through its own forward."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        model = tiny_model()
-        want = with_gradients(model, full_logps(model)[0])
-        wrapped = DistributedDataParallel(model)
-        reduced = []
+    model = tiny_model()
+    want = with_gradients(model, full_logps(model)[0])
+    wrapped = DistributedDataParallel(model)
+    reduced = []
 
-        def note(state, bucket):
-            reduced.append(bucket.buffer().numel())
-            future = torch.futures.Future()
-            future.set_result(bucket.buffer())
-            return future
+    def note(state, bucket):
+        reduced.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
 
-        wrapped.register_comm_hook(None, note)
-        called = torch.compile(wrapped, backend="eager") if compiled else wrapped
-        with enable_prefix_sharing(called):
-            got = with_gradients(model, completion_logps(called, collate(layout)))
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped.register_comm_hook(None, note)
+    called = torch.compile(wrapped, backend="eager") if compiled else wrapped
+    with enable_prefix_sharing(called):
+        got = with_gradients(model, completion_logps(called, collate(layout)))
     assert_equal(got, want)
     assert sum(reduced) == sum(x.numel() for x in model.parameters())
 

@@ -239,18 +239,39 @@ def test_neftune_switched_on_later():
 
 
 def test_context_parallel(monkeypatch):
+    """Of accelerate, and of verl, in each process a part of every row."""
     from accelerate.state import AcceleratorState
 
     model = tiny_model()
+    sizes_of_verl = iter([2, 1])
+    ulysses = types.SimpleNamespace(
+        get_ulysses_sequence_parallel_world_size=lambda: next(sizes_of_verl)
+    )
     with enable_prefix_sharing(model) as sharing:
         for sizes in ({"cp_size": 2, "sp_size": 1}, {"cp_size": 1, "sp_size": 2}):
             plan = types.SimpleNamespace(**sizes)
             monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
             call(model)
         monkeypatch.undo()
+        monkeypatch.setitem(sys.modules, "verl.utils.ulysses", ulysses)
         call(model)
-    assert sharing.stats.bypassed == {"context parallel": 2}
-    assert sharing.stats.calls == 1
+        call(model)
+        monkeypatch.undo()
+        call(model)
+    assert sharing.stats.bypassed == {"context parallel": 3}
+    assert sharing.stats.calls == 2
+
+
+def test_context_parallel_of_pytorch(one_process):
+    """Its context manager parts rows and exchanges the function that attention calls."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model, ids = tiny_model().base_model, torch.arange(8)[None]
+    mesh = init_device_mesh("cpu", (1,))
+    with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]):
+        assert bypass_reason(model, {"input_ids": ids}, False) == "context parallel"
+    assert bypass_reason(model, {"input_ids": ids}, False) is None
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -415,3 +436,18 @@ def test_attention_functions_that_are_known(monkeypatch):
     known = ["eager", "sdpa", "flash_attention_2", "flex_attention", "org/flash-attn"]
     assert all(map(is_known_attention, known))
     assert not any(map(is_known_attention, ["mine", "my_flash", "org/other"]))
+
+
+@pytest.mark.parametrize(("module", "known"), [("verl.models", True), ("another.models", False)])
+def test_what_flash_attention_calls_exchanged(monkeypatch, module, known):
+    """By libraries that split rows over processes; verl's leaves it to transformers' if it does
+    not, and is asked about that in each call."""
+
+    def exchanged(*args, **options):
+        """Stands in for what no test calls."""
+
+    exchanged.__module__ = module
+    flash = transformers.integrations.flash_attention
+    monkeypatch.setattr(flash, "_flash_attention_forward", exchanged)
+    assert is_known_attention("flash_attention_2") is known
+    assert is_known_attention("sdpa")
