@@ -73,11 +73,11 @@ def shard_by_accelerate(model: nn.Module) -> nn.Module:
     return fsdp2_prepare_model(accelerator, model)
 
 
-def shard_fsdp1(model: nn.Module) -> nn.Module:
+def shard_fsdp1(model: nn.Module, flat: bool = False) -> nn.Module:
     layer = type(model.model.layers[0])
     return FullyShardedDataParallel(
         model,
-        use_orig_params=True,
+        use_orig_params=not flat,
         device_id=torch.device("cpu"),
         auto_wrap_policy=lambda module, recurse, **_: recurse or type(module) is layer,
     )
@@ -161,6 +161,7 @@ CASES = {
     "fsdp2-logps-own-head": Case(lambda m: shard(m, head=True), logps=True),
     "fsdp2-accelerate": Case(shard_by_accelerate, lora=True),
     "fsdp1": Case(shard_fsdp1, alone=True),
+    "fsdp1-flat": Case(lambda m: shard_fsdp1(m, flat=True), checkpointing=False),
     "ddp-within": Case(replicate, within=True),
     "fsdp2-within": Case(shard, within=True, lora=True, checkpointing=False),
     "ddp-images": Case(replicate, images=True, lora=True),
@@ -227,7 +228,7 @@ def is_engine(called: nn.Module) -> bool:
 
 def whole_gradients(called: nn.Module) -> dict[str, Tensor]:
     found = {}
-    if isinstance(called, FullyShardedDataParallel):
+    if isinstance(called, FullyShardedDataParallel) and called._use_orig_params:
         with FullyShardedDataParallel.summon_full_params(called, with_grads=True):
             return {n: p.grad.clone() for n, p in called.named_parameters() if p.grad is not None}
     if is_engine(called):
