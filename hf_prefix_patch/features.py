@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import modeling_flash_attention_utils as hf_flash
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_prefix_patch import versions
@@ -139,15 +140,21 @@ def is_known_attention(implementation: str | None) -> bool:
     if function is None:
         return True
     function = getattr(function, "func", function)
-    called = getattr(function, "__globals__", {}).get("_flash_attention_forward", function)
-    if is_flash(implementation) and "/" in (implementation or ""):
-        return True  # a flash kernel from the hub
-    # verl puts its own there always, which calls transformers' unless rows are split.
-    return _module(function) == "transformers" and _module(called) in ("transformers", "verl")
+    called = getattr(function, "__globals__", {}).get("_flash_attention_forward")
+    # The second is what the backend calls. In the place of the first verl has its own always, which
+    # calls transformers' unless rows are split.
+    both = {_package(x) for x in (called, hf_flash._flash_attention_forward)}
+    if called is not None and not both <= {"transformers", "verl"}:
+        return False
+    from_hub = is_flash(implementation) and "/" in (implementation or "")
+    return from_hub or _package(function) == "transformers"
 
 
-def _module(function: Any) -> str:
-    return getattr(function, "__module__", "").partition(".")[0]
+def _package(function: Any) -> str:
+    """Where a function was written, whatever it passes for (`functools.wraps`)."""
+    function = getattr(function, "func", function)
+    written: str | None = getattr(function, "__globals__", {}).get("__name__")
+    return (written or getattr(function, "__module__", None) or "").partition(".")[0]
 
 
 def flash_dtype(config: Any) -> torch.dtype | None:

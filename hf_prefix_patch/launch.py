@@ -200,7 +200,7 @@ def _verify(backbone: PreTrainedModel, called: nn.Module) -> None:
     try:
         enable_prefix_sharing(called, backend=patch.backend, on_bypass=patch.on_bypass)
         patch.cache_by_default = cache_by_default
-    except _REFUSALS as refusal:
+    except (*_REFUSALS, ValueError) as refusal:  # the last of models that are NaN
         patch.stats.bypassed[str(refusal)] += 1
         disable_prefix_sharing(backbone)
         warn_caller(f"{name} runs without prefix sharing: {refusal}")

@@ -63,9 +63,10 @@ def _gather_from_deepspeed(called: nn.Module) -> list[Any]:
 
 
 def _shard_again(called: nn.Module) -> None:
-    """Of FSDP2, which keeps the weights of a root after its forward for the backward to come.
+    """Of FSDP, which keeps the weights of a root after its forward for the backward to come.
 
-    An optimizer made now would be given the gathered weights.
+    An optimizer made now would be given the gathered weights of FSDP2; FSDP1 would take no notice
+    of weights that are loaded now.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
@@ -73,3 +74,7 @@ def _shard_again(called: nn.Module) -> None:
     for module in called.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
+        elif isinstance(module, fsdp.FullyShardedDataParallel):
+            handle = module._handle  # None if units within have all of its weights
+            if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+                handle.reshard(True)

@@ -210,28 +210,33 @@ class Switch(MetaPathFinder):
             self._watch_constructor(cls)
 
     def _attach_to_deepspeed(self, module: Any) -> None:
-        original = module.initialize
-
-        @functools.wraps(original)
-        def initialize(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if self.used:
-                self.launch().sharded(result[0], by_module=True)
-            return result
-
-        self._replace(module, "initialize", initialize)
+        if hasattr(module, "DeepSpeedEngine"):  # no other module of that name
+            self._act_after(
+                module,
+                "initialize",
+                lambda args, result: self.launch().sharded(result[0], by_module=True),
+            )
 
     def _attach_to_verl(self, module: Any) -> None:
-        original = module.FSDPEngine.initialize
-
-        @functools.wraps(original)
-        def initialize(engine: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(engine, *args, **kwargs)
+        def act(args: Any, result: Any) -> None:
+            engine = args[0]
             with engine.eval_mode():  # weights may be offloaded outside
                 self.launch().sharded(engine.module, by_module=False)
+
+        self._act_after(module.FSDPEngine, "initialize", act)
+
+    def _act_after(self, owner: Any, name: str, act: Callable[[Any, Any], None]) -> None:
+        """Call `act` with the arguments and the result of a function, if a model has come."""
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.used:
+                act(args, result)
             return result
 
-        self._replace(module.FSDPEngine, "initialize", initialize)
+        self._replace(owner, name, watched)
 
     def _watch_constructor(self, cls: Any) -> None:
         """Act at the end of the outermost constructor: subclasses go on after that of the base."""

@@ -474,10 +474,14 @@ DEEPSPEED = """
 from torch import nn
 
 
+class DeepSpeedEngine(nn.Module):
+    pass
+
+
 def initialize(model, stage):
     for weight in model.parameters() if stage == 3 else ():
         weight.ds_id = 0
-    engine = nn.Module()
+    engine = DeepSpeedEngine()
     engine.module = model
     return engine, None, None, None
 """
@@ -526,9 +530,7 @@ def test_engine_of_verl(launched, llama, engine):
     assert (stats.calls, stats.bypassed) == (1, {})
     assert stats.packed_tokens < stats.row_tokens
     switch.off()
-    other = engine(llama)
-    other.initialize()
-    assert patch_of(other.module.base_model) is None
+    assert not hasattr(engine.initialize, "__wrapped__")
 
 
 def test_engine_of_verl_that_splits_rows(launched, llama, engine, monkeypatch):
@@ -559,6 +561,8 @@ def test_engine_of_deepspeed(launched, llama, stand_in):
     first call; others are left for that."""
     switch = launched()
     deepspeed = stand_in("deepspeed", DEEPSPEED)
+    deepspeed.initialize(model=tiny_model(), stage=3)
+    assert not switch.used
     for stage in (2, 3):
         engine, *_ = deepspeed.initialize(model=load(llama), stage=stage)
         model = engine.module
@@ -566,8 +570,27 @@ def test_engine_of_deepspeed(launched, llama, stand_in):
         assert waits == (stage == 2)
         run(model, preference_batch(), one_row=True, use_cache=False)
         assert (stats_of(model).calls, stats_of(model).bypassed) == (1, {})
+    several = nn.ModuleList([load(llama), load(llama)])
+    deepspeed.initialize(model=several, stage=3)
+    for model in several:
+        assert verify_before_first_call not in model.base_model._forward_pre_hooks.values()
     switch.off()
     assert not hasattr(deepspeed.initialize, "__wrapped__")
+
+
+def test_engine_of_a_model_that_is_nan(launched, llama, stand_in):
+    """It cannot be compared."""
+    launched()
+    model = load(llama)
+    model.base_model.embed_tokens.weight.data.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="LlamaModel runs without .* are NaN or infinite"):
+        stand_in("deepspeed", DEEPSPEED).initialize(model=model, stage=3)
+    assert patch_of(model.base_model) is None
+
+
+def test_module_of_the_users_own_that_is_named_like_a_framework(launched, stand_in):
+    launched()
+    assert stand_in("deepspeed", "def initialize(): return 1").initialize() == 1
 
 
 def test_backend_that_is_named_is_asked_for_when_it_is_needed(launched, llama, tmp_path):

@@ -1,5 +1,6 @@
 """Refusals at enable time, and bypasses that run exactly the original."""
 
+import functools
 import inspect
 import pkgutil
 import sys
@@ -438,16 +439,31 @@ def test_attention_functions_that_are_known(monkeypatch):
     assert not any(map(is_known_attention, ["mine", "my_flash", "org/other"]))
 
 
-@pytest.mark.parametrize(("module", "known"), [("verl.models", True), ("another.models", False)])
+def written_in(module, wraps=None, **names):
+    """A function that no test calls, of that module."""
+    function = types.FunctionType((lambda: None).__code__, {"__name__": module, **names})
+    return function if wraps is None else functools.update_wrapper(function, wraps)
+
+
+@pytest.mark.parametrize(
+    ("module", "known"), [("transformers.x", True), ("verl.models", True), ("another", False)]
+)
 def test_what_flash_attention_calls_exchanged(monkeypatch, module, known):
     """By libraries that split rows over processes; verl's leaves it to transformers' if it does
     not, and is asked about that in each call."""
-
-    def exchanged(*args, **options):
-        """Stands in for what no test calls."""
-
-    exchanged.__module__ = module
     flash = transformers.integrations.flash_attention
-    monkeypatch.setattr(flash, "_flash_attention_forward", exchanged)
-    assert is_known_attention("flash_attention_2") is known
-    assert is_known_attention("sdpa")
+    inner = transformers.modeling_flash_attention_utils
+    original = flash._flash_attention_forward
+    kernel = functools.partial(flash.flash_attention_forward, implementation="org/flash-attn")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "org/flash-attn", kernel)
+    exchanged = written_in(module, wraps=original)
+    cases = (flash, exchanged), (flash, functools.partial(exchanged)), (inner, exchanged)
+    for place, function in cases:
+        monkeypatch.setattr(flash, "_flash_attention_forward", original)
+        monkeypatch.setattr(place, "_flash_attention_forward", function)
+        assert is_known_attention("flash_attention_2") is known
+        assert is_known_attention("org/flash-attn") is known
+        assert is_known_attention("sdpa")
+    own = written_in("mine", _flash_attention_forward=original)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", own)
+    assert not is_known_attention("mine")

@@ -254,6 +254,8 @@ def train(case: Case, way: str, rank: int, kernel_calls: list[Any]) -> dict[str,
         for (old, shape), new in zip(before, model.parameters(), strict=True):
             assert old is new, "a weight was left gathered"
             assert shape == new.shape, "a weight was left gathered"
+        units = [m for m in called.modules() if isinstance(m, FullyShardedDataParallel)]
+        assert all(unit._handle.needs_unshard() for unit in units), "a unit was left gathered"
     seen: dict[str, Any] = {"logps": [], "gradients": []}
     kernel_calls.clear()
     for step, (batch, media) in enumerate(batches_of(case, rank)):
