@@ -139,7 +139,7 @@ def is_known_attention(implementation: str | None) -> bool:
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if function is None:
         return True
-    function = getattr(function, "func", function)
+    function = _written(function)
     called = getattr(function, "__globals__", {}).get("_flash_attention_forward")
     # The second is what the backend calls. In the place of the first verl has its own always, which
     # calls transformers' unless rows are split.
@@ -150,11 +150,22 @@ def is_known_attention(implementation: str | None) -> bool:
     return from_hub or _package(function) == "transformers"
 
 
+def _written(function: Any) -> Any:
+    """What `functools.partial`, `torch.compiler.disable` and `torch.compile` are around."""
+    inner = getattr(function, "func", None)
+    if inner is None and _module(function).startswith("torch."):
+        inner = getattr(function, "__wrapped__", None)
+    return function if inner is None else _written(inner)
+
+
 def _package(function: Any) -> str:
+    return _module(_written(function)).partition(".")[0]
+
+
+def _module(function: Any) -> str:
     """Where a function was written, whatever it passes for (`functools.wraps`)."""
-    function = getattr(function, "func", function)
     written: str | None = getattr(function, "__globals__", {}).get("__name__")
-    return (written or getattr(function, "__module__", None) or "").partition(".")[0]
+    return written or getattr(function, "__module__", None) or ""
 
 
 def flash_dtype(config: Any) -> torch.dtype | None:

@@ -26,6 +26,8 @@ from hf_prefix_patch.features import (
 from hf_prefix_patch.support import check_peft
 from hf_prefix_patch.versions import release
 
+TRANSFORMERS_OWN = set(ALL_ATTENTION_FUNCTIONS.keys()) - {"prefix_sharing"}
+
 _SMALL = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -434,8 +436,7 @@ def test_attention_functions_that_are_known(monkeypatch):
     functions = dict.fromkeys(("mine", "my_flash", "org/flash-attn", "org/other"), len)
     for name, function in functions.items():
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, function)
-    known = ["eager", "sdpa", "flash_attention_2", "flex_attention", "org/flash-attn"]
-    assert all(map(is_known_attention, known))
+    assert all(map(is_known_attention, ["eager", "org/flash-attn", *TRANSFORMERS_OWN]))
     assert not any(map(is_known_attention, ["mine", "my_flash", "org/other"]))
 
 
@@ -457,7 +458,9 @@ def test_what_flash_attention_calls_exchanged(monkeypatch, module, known):
     kernel = functools.partial(flash.flash_attention_forward, implementation="org/flash-attn")
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "org/flash-attn", kernel)
     exchanged = written_in(module, wraps=original)
-    cases = (flash, exchanged), (flash, functools.partial(exchanged)), (inner, exchanged)
+    compiled = functools.partial(torch.compile, backend="eager")
+    around = functools.partial, torch.compiler.disable, compiled
+    cases = [(flash, exchanged), (inner, exchanged), *((flash, wrap(exchanged)) for wrap in around)]
     for place, function in cases:
         monkeypatch.setattr(flash, "_flash_attention_forward", original)
         monkeypatch.setattr(place, "_flash_attention_forward", function)
