@@ -204,10 +204,8 @@ def _context_parallel() -> bool:
     state = sys.modules.get("accelerate.state")
     shared = state.AcceleratorState._shared_state if state else {}
     plan = shared.get("parallelism_config")
-    if any((getattr(plan, name, None) or 1) > 1 for name in ("cp_size", "sp_size")):
-        return True
-    # Within PyTorch's `context_parallel`.
-    called = F.scaled_dot_product_attention.__module__ or ""
+    by_accelerate = any((getattr(plan, name, None) or 1) > 1 for name in ("cp_size", "sp_size"))
+    called = F.scaled_dot_product_attention.__module__ or ""  # exchanged in `context_parallel`
     ulysses = sys.modules.get("verl.utils.ulysses")
-    size = ulysses.get_ulysses_sequence_parallel_world_size() if ulysses else 1
-    return called.startswith("torch.distributed.") or size > 1
+    by_verl = ulysses is not None and ulysses.get_ulysses_sequence_parallel_world_size() > 1
+    return by_accelerate or called.startswith("torch.distributed.") or by_verl

@@ -143,9 +143,9 @@ def is_known_attention(implementation: str | None) -> bool:
     called = getattr(function, "__globals__", {}).get("_flash_attention_forward")
     # The second is what the backend calls. In the place of the first verl has its own always, which
     # calls transformers' unless rows are split.
-    both = {_package(x) for x in (called, hf_flash._flash_attention_forward)}
-    if called is not None and not both <= {"transformers", "verl"}:
-        return False
+    for inner in () if called is None else (called, hf_flash._flash_attention_forward):
+        if _package(inner) not in ("transformers", "verl"):
+            return False
     from_hub = is_flash(implementation) and "/" in (implementation or "")
     return from_hub or _package(function) == "transformers"
 

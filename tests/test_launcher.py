@@ -104,6 +104,11 @@ def stats_of(model):
     return patch_of(model.base_model).stats
 
 
+def waits(model):
+    """Whether it will be verified at its first call."""
+    return verify_before_first_call in model.base_model._forward_pre_hooks.values()
+
+
 def rows(**options):
     return preference_batch(**options).inputs | {"use_cache": False}
 
@@ -166,11 +171,11 @@ def test_model_in_a_loop_of_ones_own(launched, llama):
     theirs = load(llama).train()
     launched()
     ours = load(llama).train()
-    assert verify_before_first_call in ours.base_model._forward_pre_hooks.values()
+    assert waits(ours)
     batch = rows()
     for model in (theirs, ours):
         model(**batch).logits[batch["attention_mask"].bool()].square().mean().backward()
-    assert verify_before_first_call not in ours.base_model._forward_pre_hooks.values()
+    assert not waits(ours)
     stats = stats_of(ours)
     assert (stats.calls, stats.row_tokens) == (1, batch["attention_mask"].sum())
     assert stats.packed_tokens < stats.row_tokens
@@ -219,7 +224,7 @@ def test_model_that_fails_its_verification_runs_unshared(launched, llama, capsys
 def test_without_verification(launched, llama):
     launched(verify=False)
     model = load(llama)
-    assert verify_before_first_call not in model.base_model._forward_pre_hooks.values()
+    assert not waits(model)
     model(**rows())
     assert stats_of(model).calls == 1
 
@@ -297,7 +302,7 @@ def test_a_trainer_verifies_all_its_models_once(launched, llama, tmp_path):
     trainer = Distilling(teacher, model=student, args=arguments)
     for model in (trainer.model, trainer.teacher):
         assert patch_of(model.base_model) is not None
-        assert verify_before_first_call not in model.base_model._forward_pre_hooks.values()
+        assert not waits(model)
 
 
 def test_collator_metrics_and_budget(launched, llama, tmp_path):
@@ -566,14 +571,12 @@ def test_engine_of_deepspeed(launched, llama, stand_in):
     for stage in (2, 3):
         engine, *_ = deepspeed.initialize(model=load(llama), stage=stage)
         model = engine.module
-        waits = verify_before_first_call in model.base_model._forward_pre_hooks.values()
-        assert waits == (stage == 2)
+        assert waits(model) == (stage == 2)
         run(model, preference_batch(), one_row=True, use_cache=False)
         assert (stats_of(model).calls, stats_of(model).bypassed) == (1, {})
     several = nn.ModuleList([load(llama), load(llama)])
     deepspeed.initialize(model=several, stage=3)
-    for model in several:
-        assert verify_before_first_call not in model.base_model._forward_pre_hooks.values()
+    assert not any(map(waits, several))
     switch.off()
     assert not hasattr(deepspeed.initialize, "__wrapped__")
 
@@ -588,8 +591,9 @@ def test_engine_of_a_model_that_is_nan(launched, llama, stand_in):
     assert patch_of(model.base_model) is None
 
 
-def test_module_of_the_users_own_that_is_named_like_a_framework(launched, stand_in):
+def test_module_of_the_users_own_that_is_named_like_a_framework(launched, llama, stand_in):
     launched()
+    load(llama)
     assert stand_in("deepspeed", "def initialize(): return 1").initialize() == 1
 
 
