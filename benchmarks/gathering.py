@@ -83,7 +83,7 @@ def gather_line(case: tuple[int, ...], args: argparse.Namespace) -> tuple:
             "give cases PxRxGxB with G of at least 2"
         )
     tree, needs = tree_of(*case).to(args.device), needs_of(args)
-    chains = BACKENDS["torch_varlen"].plan(tree, needs)["tree_chains"]
+    chains = BACKENDS["torch_varlen"].plan(tree, needs)["tree_chains"][None]
     inputs, directions = tensors(tree, chains["num_keys"], args)
     path = chains["keys"], chains["places"], chains["starts"]
     keys, stretches = path[0].long(), consecutive(path[0])

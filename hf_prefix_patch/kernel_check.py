@@ -31,7 +31,8 @@ def kernel_fault(backend: Backend, needs: Needs) -> str | None:
     if needs.device.type != "cuda":
         return None
     index = torch.cuda.current_device() if needs.device.index is None else needs.device.index
-    key = (backend, index, needs.dtype, needs.implementation, needs.head_dims, needs.features)
+    called = needs.dtype, needs.implementation, needs.head_dims, needs.features
+    key = (backend, index, *called, needs.kernels, needs.flash_impl)
     if key not in _faults:
         _faults[key] = find_fault(backend, needs)
     return _faults[key]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.attention import BACKENDS
@@ -191,8 +193,20 @@ def needs_of(backbone: PreTrainedModel, structure: Structure, seen: Seen | None 
         head_dims=structure.head_dims,
         windows=frozenset(windows),
         features=frozenset(name for name, used in features.items() if used),
-        flash=torch.backends.cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
+        kernels=_kernels(),
+        flash_impl=current_flash_attention_impl(),
     )
+
+
+def _kernels() -> frozenset[str]:
+    cuda: Any = torch.backends.cuda
+    switches = {
+        "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+    }
+    return frozenset(name for name, on in switches.items() if on)
 
 
 def _head_dims(backbone: PreTrainedModel) -> frozenset[int]:

@@ -182,7 +182,9 @@ def test_a_prompt_of_100_000_tokens():
     assert time.process_time() - start < 10
     assert tree.packed_tokens == 101_000
     assert len(tree.kv_index) == 100_000 + 2 * 100_500
-    assert plans[1]["tree_chains"]["num_keys"] == 100_500 * 2
+    chains = plans[1]["tree_chains"]
+    assert chains[None]["num_keys"] == 100_500 * 2
+    assert chains[4096]["num_keys"] == 100_500 + 500 + 4096
     assert all(mask.kv_indices.numel() == (-(-101_000 // 128)) ** 2 for mask in masks)
     assert torch.equal(tree.unpack(tree.pack(rows)), rows)
 

@@ -304,8 +304,9 @@ def test_heads_are_repeated_where_no_fused_kernel_takes_groups(monkeypatch, wind
         assert set(heads) == {want}
 
 
-@pytest.mark.parametrize("answer", [True, False])
-def test_pytorch_is_asked_on_cuda(monkeypatch, answer):
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("efficient", [True, False])
+def test_pytorch_is_asked_on_cuda(monkeypatch, flash, efficient):
     """With the tensors of the call itself: it knows GPUs, head sizes, and what the user allows."""
 
     class OnCuda:
@@ -314,9 +315,11 @@ def test_pytorch_is_asked_on_cuda(monkeypatch, answer):
     q, k, v, mask = OnCuda(), object(), object(), object()
     asked = []
     monkeypatch.setattr(sdpa, "SDPAParams", lambda *params: params)
-    monkeypatch.setattr(sdpa, "can_use_flash_attention", lambda x: asked.append(x) or answer)
-    assert sdpa._takes_groups(q, k, v, mask, 0.1, False) == answer
-    assert asked == [(q, k, v, mask, 0.1, False, True)]
+    for kernel, answer in (("flash", flash), ("efficient", efficient)):
+        name = f"can_use_{kernel}_attention"
+        monkeypatch.setattr(sdpa, name, lambda x, answer=answer: asked.append(x) or answer)
+    assert sdpa._takes_groups(q, k, v, mask, 0.1, False) == (flash or efficient)
+    assert set(asked) == {(q, k, v, mask, 0.1, False, True)}
 
 
 def test_the_cpu_kernel_is_what_runs(monkeypatch):

@@ -26,6 +26,7 @@ from hf_prefix_patch import attention, enable_prefix_sharing, kernel_check, sele
 from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.backends.sdpa import SDPA
 from hf_prefix_patch.backends.varlen import FLASH, TORCH_VARLEN
+from hf_prefix_patch.hooks import patch_of
 
 CUDA = Needs(
     device=torch.device("cuda", 0),
@@ -104,7 +105,7 @@ def test_gpus_that_are_too_old_or_not_cuda(ampere):
 
 def test_flash_attention_switched_off(ampere):
     """PyTorch's own raises then from 2.15 on, which must not count as a fault of the kernel."""
-    off = needs(flash=False)
+    off = needs(kernels=frozenset({"efficient", "math"}))
     ampere.setattr(versions, "VARLEN_IS_SWITCHED_WITH_SDPA", True)
     chosen = selection.select("auto", off, "Model")
     assert chosen.backend is SDPA
@@ -289,7 +290,7 @@ def test_the_backend_follows_what_is_switched_off(monkeypatch):
     """In the middle of training, as a `with` block around some steps does."""
 
     def unless_switched_off(asked):
-        return None if asked.flash else "switched off"
+        return None if "flash" in asked.kernels else "switched off"
 
     calls = install_torch_varlen(monkeypatch)
     serve(monkeypatch, TORCH_VARLEN, unless_switched_off)
@@ -465,3 +466,30 @@ def test_a_kernel_is_checked_once(monkeypatch):
     assert len(checks) == 2
     assert kernel_check.kernel_fault(SDPA, CPU_NEEDS) is None  # nothing to check on a CPU
     assert len(checks) == 2
+
+
+def test_a_kernel_is_checked_again_where_pytorch_was_told_to_take_another(monkeypatch):
+    monkeypatch.setattr(kernel_check, "_faults", {})
+    monkeypatch.setattr(kernel_check, "find_fault", lambda backend, needs: f"{needs.kernels}")
+    for kernels in (frozenset({"flash"}), frozenset({"math"}), frozenset({"flash"})):
+        assert kernel_check.kernel_fault(SDPA, needs(kernels=kernels)) == f"{kernels}"
+    monkeypatch.setattr(kernel_check, "find_fault", lambda backend, needs: needs.flash_impl)
+    assert kernel_check.kernel_fault(TORCH_VARLEN, CUDA) is None
+    assert kernel_check.kernel_fault(TORCH_VARLEN, needs(flash_impl="FA3")) == "FA3"
+
+
+def test_what_pytorch_was_told_of_kernels(monkeypatch):
+    """Read in every call: contexts and programs change it."""
+    model = tiny_model("llama")
+    handle = enable_prefix_sharing(model)
+
+    def asked():
+        model(input_ids=torch.tensor([[5, 6, 7], [5, 6, 8]]), use_cache=False)
+        return patch_of(handle.backbones[0]).last.needs
+
+    assert asked().flash_impl is None
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]):
+        assert asked().kernels == {"math", "efficient"}
+    assert asked().kernels > {"math", "efficient"}
+    monkeypatch.setattr(selection, "current_flash_attention_impl", lambda: "FA3")
+    assert asked().flash_impl == "FA3"

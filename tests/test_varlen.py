@@ -1,5 +1,6 @@
 """The calls that torch_varlen and flash make, run by an emulator of the documented semantics."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +57,8 @@ class FlashModule(torch.nn.Module):
 
 
 def attend(backend, tree, inputs, module=None, **options):
-    plan = backend.plan(tree, NEEDS)
+    windows = frozenset({None, options.get("sliding_window")})
+    plan = backend.plan(tree, replace(NEEDS, windows=windows))
     return backend.attend(module or FlashModule(), *inputs, scaling=0.3, **options, **plan)
 
 
@@ -162,6 +164,37 @@ def test_chains_and_their_keys(monkeypatch, backend):
     assert [x for name, x in call.items() if name.startswith("max_")] == [4, 4]
 
 
+@pytest.mark.parametrize("backend", [TORCH_VARLEN, FLASH])
+def test_layers_with_a_window_gather_no_more_than_it_reaches(monkeypatch, backend):
+    """Of a prompt of 50 a response of 3 sees the last 6 with a window of 5: its first token sees 4
+    before itself, and one more in flash attention of transformers before 4.56."""
+    install = install_torch_varlen if backend is TORCH_VARLEN else install_flash
+    calls = install(monkeypatch)
+    prompt, rows = list(range(50)), []
+    for first in (60, 70, 80):
+        rows.append([*prompt, first, first + 1, first + 2])
+    rows[1][25] = 99  # a path of three stretches: 25 tokens, 28, and a response that branches there
+    rows.append([*rows[1][:50], 90, 91, 92])
+    tree = PrefixTree.from_rows(rows)
+    assert_attends_alike(backend, tree, packed_inputs(tree), sliding_window=5)
+    (call,) = calls
+    queries, keys = (x.diff().tolist() for n, x in call.items() if n.startswith("cu_seq"))
+    assert queries == [53, 3, 28, 3]
+    assert keys == [53, 3 + 5, 25 + 28 if 28 + 5 > 53 else 28 + 5, 3 + 5]
+    assert next(x for n, x in call.items() if n.startswith("max_") and n.endswith("k")) == 53
+
+
+def test_a_window_that_was_not_planned_is_refused(monkeypatch):
+    install_torch_varlen(monkeypatch)
+    tree = PrefixTree.from_rows([[1, 2, 3], [1, 2, 4]])
+    plan = TORCH_VARLEN.plan(tree, NEEDS)
+    message = r"passes the sliding window 3, but its config says \[None\]; pass backend=.sdpa"
+    with pytest.raises(NotImplementedError, match=message):
+        TORCH_VARLEN.attend(
+            FlashModule(), *packed_inputs(tree), scaling=0.3, sliding_window=3, **plan
+        )
+
+
 def test_nothing_is_copied_where_nothing_is_shared(monkeypatch):
     """Packing alone: keys and values stand where they are."""
     calls = install_torch_varlen(monkeypatch)
@@ -245,7 +278,7 @@ def test_flash_functions_that_are_not_there(monkeypatch, told):
 
 def path_index(tree):
     """`keys`, `places` and `starts` of `gather_paths`."""
-    chains = TORCH_VARLEN.plan(tree, NEEDS)["tree_chains"]
+    chains = TORCH_VARLEN.plan(tree, NEEDS)["tree_chains"][None]
     return chains["keys"], chains["places"], chains["starts"]
 
 
@@ -257,7 +290,7 @@ def test_index_of_paths(batch):
     blocks = chain_blocks(tree)
     want = [key for *_, start, stop in blocks for key in range(start, stop)]
     if len(want) == tree.packed_tokens:
-        assert "keys" not in TORCH_VARLEN.plan(tree, NEEDS)["tree_chains"]
+        assert "keys" not in TORCH_VARLEN.plan(tree, NEEDS)["tree_chains"][None]
         return
     keys, places, starts = (x.tolist() for x in path_index(tree))
     assert keys == want

@@ -9,17 +9,19 @@ of its ancestors' chains before it branched off, whole.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_prefix_patch.tree import PrefixTree
 
 HALF = (torch.float16, torch.bfloat16)
+
+_Plan = TypeVar("_Plan")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Needs:
         head_dims: sizes of its query, key and value heads.
         windows: sliding windows of its layers, in keys; None stands for a layer without one.
         features: those of `"window"`, `"softcap"`, `"sinks"` and `"dropout"` that it uses.
-        flash: whether PyTorch's switch for FlashAttention is on.
+        kernels: of PyTorch's attention, those whose switch is on: some of `"flash"`, `"efficient"`,
+            `"cudnn"` and `"math"`.
+        flash_impl: what stands in the place of PyTorch's own FlashAttention, if anything does.
     """
 
     device: torch.device
@@ -42,7 +46,8 @@ class Needs:
     head_dims: frozenset[int]
     windows: frozenset[int | None]
     features: frozenset[str]
-    flash: bool = True
+    kernels: frozenset[str] = frozenset({"flash", "efficient", "cudnn", "math"})
+    flash_impl: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,20 @@ class Backend:
     plan: Callable[[PrefixTree, Needs], dict[str, Any]]
     unserved: Callable[[Needs], str | None]
     features: frozenset[str]
+
+
+def of_window(plans: Mapping[int | None, _Plan], window: int | None, module: nn.Module) -> _Plan:
+    """What was planned for layers with this window.
+
+    Raises:
+        NotImplementedError: nothing was, as the config names no such window.
+    """
+    if window not in plans:
+        raise NotImplementedError(
+            f"{type(module).__name__} passes the sliding window {window}, but its config says "
+            f'{list(plans)}; pass backend="sdpa"'
+        )
+    return plans[window]
 
 
 def chain_blocks(tree: PrefixTree) -> list[tuple[int, int, int, int]]:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from hf_prefix_patch.backends.base import HALF, Backend, Needs, subtree_ends, to_autocast_dtype
+from hf_prefix_patch.backends.base import (
+    HALF,
+    Backend,
+    Needs,
+    of_window,
+    subtree_ends,
+    to_autocast_dtype,
+)
 from hf_prefix_patch.tree import PrefixTree, to_device
 
 _BLOCK = 128
@@ -48,17 +55,13 @@ def flex_attend(
         `[1, N, heads, head_dim]`.
     """
     query, key, value = to_autocast_dtype(query, key, value)
-    if sliding_window not in tree_block_masks:
-        raise NotImplementedError(
-            f"{type(module).__name__} passes the sliding window {sliding_window}, but its config "
-            f'says {list(tree_block_masks)}; pass backend="sdpa"'
-        )
+    block_mask = of_window(tree_block_masks, sliding_window, module)
     output = _flex()(
         query,
         key,
         value,
         score_mod=None if softcap is None else _soft_capped(softcap, query.device),
-        block_mask=tree_block_masks[sliding_window],
+        block_mask=block_mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=None if s_aux is None else AuxRequest(lse=True),

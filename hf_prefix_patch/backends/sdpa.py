@@ -14,7 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
 
 from hf_prefix_patch.backends.base import (
     Backend,
@@ -229,12 +233,13 @@ def _takes_groups(
 ) -> bool:
     """Whether a fused kernel takes keys and values of fewer heads.
 
-    On CUDA only FlashAttention does, and what it does not serve (a mask, fp32, GPUs before Ampere,
-    heads of more than 256) is left to the math kernel, which keeps all scores. What other GPUs do
-    depends on the release of torch.
+    On CUDA FlashAttention does; what it does not serve (a mask, fp32, GPUs before Ampere, heads of
+    more than 256) the memory-efficient kernel takes from torch 2.14 on. Before, it is left to the
+    math kernel, which keeps all scores. What other GPUs do depends on the release of torch.
     """
     if q.is_cuda:
-        return can_use_flash_attention(SDPAParams(q, k, v, mask, dropout, causal, True))
+        params = SDPAParams(q, k, v, mask, dropout, causal, True)
+        return can_use_flash_attention(params) or can_use_efficient_attention(params)
     return q.device.type == "cpu"
 
 

@@ -1,9 +1,9 @@
 """The `torch_varlen` and `flash` backends: one variable-length call for the whole packed row.
 
 Every chain is one sequence: its queries stand in the packed row, its keys and values are gathered
-from the stretches of its path. The call is causal and aligned bottom-right, so that the last query
-of a chain sees its whole path; a sliding window needs no more, because inside a path index equals
-position.
+from the stretches of its path, of which layers with a sliding window need the end alone. The call
+is causal and aligned bottom-right, so that the last query of a chain sees its whole path, or all of
+its window: inside a path, index equals position.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hf_prefix_patch.backends.base import (
     Backend,
     Needs,
     chain_blocks,
+    of_window,
     rows_contiguous,
     to_autocast_dtype,
     varying,
@@ -56,7 +57,7 @@ def torch_varlen_attend(
     *,
     scaling: float,
     sliding_window: int | None = None,
-    tree_chains: dict[str, Any],
+    tree_chains: dict[int | None, dict[str, Any]],
     **unused: Any,
 ) -> Tensor:
     """Shared attention by `torch.nn.attention.varlen.varlen_attn`, PyTorch's own FlashAttention.
@@ -64,7 +65,7 @@ def torch_varlen_attend(
     Args:
         query: `[1, heads, N, head_dim]`, fp16 or bf16 (fp32 under autocast).
         sliding_window: number of keys seen, the query's own included.
-        tree_chains: as `_plan` makes it.
+        tree_chains: one plan for each window of the model's layers, as `_chains` makes it.
 
     Returns:
         `[1, N, heads, head_dim]`.
@@ -78,7 +79,8 @@ def torch_varlen_attend(
             f"{type(module).__name__} computes attention in float32 outside autocast, which the "
             'backend "torch_varlen" does not; pass backend="sdpa", or train under autocast'
         )
-    q, k, v, size = _sequences(query, key, value, tree_chains)
+    chains = of_window(tree_chains, sliding_window, module)
+    q, k, v, size = _sequences(query, key, value, chains)
     grouped: dict[str, Any] = {}
     if versions.VARLEN_IS_TOLD_OF_GROUPS:
         grouped["enable_gqa"] = q.shape[1] != k.shape[1]
@@ -86,10 +88,10 @@ def torch_varlen_attend(
         q,
         k,
         v,
-        tree_chains["cu_seqlens_q"],
-        tree_chains["cu_seqlens_k"],
-        tree_chains["max_seqlen_q"],
-        tree_chains["max_seqlen_k"],
+        chains["cu_seqlens_q"],
+        chains["cu_seqlens_k"],
+        chains["max_seqlen_q"],
+        chains["max_seqlen_k"],
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         **grouped,
@@ -109,7 +111,7 @@ def flash_attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    tree_chains: dict[str, Any],
+    tree_chains: dict[int | None, dict[str, Any]],
     **unused: Any,
 ) -> Tensor:
     """Shared attention by the variable-length function that transformers resolves for the model's
@@ -119,7 +121,8 @@ def flash_attend(
     `[heads]`) as far as that function has them.
     """
     config: Any = module.config.prefix_sharing_original  # type: ignore[union-attr]
-    q, k, v, size = _sequences(query, key, value, tree_chains)
+    chains = of_window(tree_chains, sliding_window, module)
+    q, k, v, size = _sequences(query, key, value, chains)
     output: Tensor = hf_flash._flash_attention_forward(
         q[None],
         k[None],
@@ -132,10 +135,10 @@ def flash_attend(
         sliding_window=sliding_window,
         softcap=softcap,
         deterministic=torch.are_deterministic_algorithms_enabled() or None,
-        cu_seq_lens_q=tree_chains["cu_seqlens_q"],
-        cu_seq_lens_k=tree_chains["cu_seqlens_k"],
-        max_length_q=tree_chains["max_seqlen_q"],
-        max_length_k=tree_chains["max_seqlen_k"],
+        cu_seq_lens_q=chains["cu_seqlens_q"],
+        cu_seq_lens_k=chains["cu_seqlens_k"],
+        max_length_q=chains["max_seqlen_q"],
+        max_length_k=chains["max_seqlen_k"],
         attn_implementation=config._attn_implementation,
         s_aux=None if s_aux is None else s_aux.to(query.dtype),
     )
@@ -201,31 +204,47 @@ def _sums(grad: Tensor, places: Tensor, starts: Tensor) -> Tensor:
 
 
 def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
-    """Boundaries of chains and paths for the kernel, `[C+1]` int32, and what `gather_paths` takes
-    where paths are longer than their chains."""
-    blocks = chain_blocks(tree)
-    _, stops, key_starts, key_stops = np.array(blocks).T
-    stops, first = np.unique(stops, return_index=True)
-    lengths = np.add.reduceat(key_stops - key_starts, first)
-    num_keys = int(lengths.sum())
+    blocks = np.array(chain_blocks(tree))
+    windows = needs.windows
+    return {"tree_chains": {window: _chains(blocks, window, needs.device) for window in windows}}
+
+
+def _chains(blocks: np.ndarray, window: int | None, device: torch.device) -> dict[str, Any]:
+    """Boundaries of chains and of their keys for the kernel, `[C+1]` int32, and what `gather_paths`
+    takes where there are more keys than tokens.
+
+    Args:
+        blocks: `[B, 4]`, of `chain_blocks`.
+        window: of the layers; None for the whole path.
+    """
+    _, stops, starts, ends = blocks.T
+    stops, first, chain = np.unique(stops, return_index=True, return_inverse=True)
+    lengths = np.diff(stops, prepend=0)
+    keys = np.add.reduceat(ends - starts, first)
+    if window is not None:
+        behind = keys.cumsum()[chain] - (ends - starts).cumsum()  # of its path, each stretch
+        # One key more than a window has: transformers before 4.56 lets flash attention see that.
+        keys = np.minimum(keys, lengths + window)
+        starts = np.clip(ends - (keys[chain] - behind), starts, ends)
+    num_keys = int(keys.sum())
     arrays = {
         "cu_seqlens_q": np.append(0, stops),
-        "cu_seqlens_k": np.append(0, lengths.cumsum()),
+        "cu_seqlens_k": np.append(0, keys.cumsum()),
     }
-    if num_keys != tree.packed_tokens:
-        arrays |= _paths([block[2:] for block in blocks])
+    if num_keys != stops[-1]:
+        arrays |= _paths(starts, ends)
     tensors = {name: torch.from_numpy(x.astype(np.int32)) for name, x in arrays.items()}
-    chains = {
-        **{name: varying(to_device(x, needs.device)) for name, x in tensors.items()},
-        "max_seqlen_q": int(np.diff(stops, prepend=0).max()),
-        "max_seqlen_k": int(lengths.max()),
+    return {
+        **{name: varying(to_device(x, device)) for name, x in tensors.items()},
+        "max_seqlen_q": int(lengths.max()),
+        "max_seqlen_k": int(keys.max()),
         "num_keys": num_keys,
     }
-    return {"tree_chains": chains}
 
 
-def _paths(stretches: list[tuple[int, int]]) -> dict[str, Any]:
+def _paths(starts: np.ndarray, ends: np.ndarray) -> dict[str, Any]:
     """`keys`, `places` and `starts` of `gather_paths`, from the stretches of all paths."""
+    stretches = zip(starts, ends, strict=True)
     keys = np.concatenate([np.arange(*stretch, dtype=np.int32) for stretch in stretches])
     copies = np.bincount(keys)
     places = keys.argsort(kind="stable")
@@ -239,7 +258,7 @@ def _torch_varlen_unserved(needs: Needs) -> str | None:
         return "it needs a GPU of compute capability 8.0 (Ampere) or later"
     if any(size % 8 or size > 256 for size in needs.head_dims):
         return f"it takes head sizes up to 256, multiples of 8, not {sorted(needs.head_dims)}"
-    if versions.VARLEN_IS_SWITCHED_WITH_SDPA and not needs.flash:
+    if versions.VARLEN_IS_SWITCHED_WITH_SDPA and "flash" not in needs.kernels:
         return "FlashAttention is switched off (torch.nn.attention.sdpa_kernel, enable_flash_sdp)"
     return _half_precision_unserved(needs)
 

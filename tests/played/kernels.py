@@ -30,6 +30,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "_compiled_flex", lambda: flex_attention)
     monkeypatch.setattr(sdpa, "SDPAParams", lambda *params: params)
     monkeypatch.setattr(sdpa, "can_use_flash_attention", flash_serves)
+    monkeypatch.setattr(sdpa, "can_use_efficient_attention", lambda params: False)  # torch < 2.14
     monkeypatch.setattr(F, "scaled_dot_product_attention", scaled_dot_product_attention)
     flash = _in_fp32(_flash_2)
     functions = (_of_rows(flash), flash, None, hf_flash._pad_input, hf_flash._unpad_input)
