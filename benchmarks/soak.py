@@ -183,8 +183,7 @@ def sample(step: int, handles: Sequence[PrefixSharing]) -> Sample:
     resident = psutil.Process().memory_info().rss
     cached = sum(len(p._seen) + len(p._selections) for handle in handles for p in handle._patches)
     if plans._last is not None:
-        plan = plans._last[1]
-        cached += len(plan._moved) + len(plan._of_backends)
+        cached += len(plans._last[1]._made)
     size = sum(storages.values()) / 2**20
     return Sample(step, resident / 2**20, len(tensors), size, len(objects), cached)
 

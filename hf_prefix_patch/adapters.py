@@ -29,7 +29,7 @@ def adapter_reason(backbone: nn.Module) -> str | None:
     """
     if "peft.tuners.tuners_utils" not in sys.modules:
         return None
-    for module in _outermost(backbone):
+    for module in _down_to_adapters(backbone):
         before, after = module._forward_pre_hooks, module._forward_hooks
         if before and any(map(_is_of_peft, before.values())):
             return "adapters chosen by row"
@@ -40,7 +40,7 @@ def adapter_reason(backbone: nn.Module) -> str | None:
     return None
 
 
-def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+def _down_to_adapters(module: nn.Module) -> Iterator[nn.Module]:
     """The modules below one, without what is inside adapter layers; called once a forward."""
     left = [module]
     while left:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.composite import decoder_of, pack_embeddings
-from hf_prefix_patch.hooks import BackbonePatch, OnBypass, Options, patch_of
+from hf_prefix_patch.hooks import BackbonePatch, OnBypass, Options, patch_of, unpatch
 from hf_prefix_patch.support import check_model
 from hf_prefix_patch.trainer import autocast_of
 from hf_prefix_patch.verify import verify_sharing
@@ -60,7 +60,7 @@ def share_model(
     with ExitStack() as mine:
         patch, found = patch_of(backbone), None
         if patch is None:
-            mine.callback(_restore, backbone)
+            mine.callback(unpatch, backbone)
             patch = BackbonePatch(backbone, backend, on_bypass)
         else:
             found = patch.options
@@ -69,7 +69,7 @@ def share_model(
         # Nobody goes on from the cache of a classifier, and a trainer that calls a model beside its
         # policy reads the outputs alone.
         classifies = backbone is not model and not model.can_generate()
-        if found is not None and found[2]:
+        if found is not None and found.cache_by_default:
             classifies = False  # alone: another head on the same stack may go on from its cache
         patch.configure(backend, on_bypass, is_policy and not classifies)
         patch.refresh(backbone)
@@ -97,9 +97,3 @@ def _check_other_patch(backbone: PreTrainedModel) -> None:
             "the two can be; call disable_prefix_sharing on the composite first, or leave it at "
             "that"
         )
-
-
-def _restore(backbone: PreTrainedModel) -> None:
-    patch = patch_of(backbone)
-    if patch is not None:
-        patch.remove(backbone)

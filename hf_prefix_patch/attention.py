@@ -59,9 +59,9 @@ def prefix_sharing_attention(
     """
     backend: Backend | None = kwargs.get("tree_backend")
     if backend is None:
-        run = _original(module)
-        kwargs |= {"dropout": dropout, "scaling": scaling}
-        return run(module, query, key, value, attention_mask, **kwargs)
+        return _original(module)(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     query, key, value = _as_flash_casts(module, query, key, value)
     seen = kwargs.get("tree_seen")
     if seen is not None and not torch.compiler.is_compiling():
@@ -122,7 +122,7 @@ def _check_call(
                 f"{name} passes {argument!r} to its attention function, which no prefix-sharing "
                 "backend serves; leave this model unpatched"
             )
-    asked = {_FEATURES[x] for x in _FEATURES if kwargs.get(x) is not None}
+    asked = {feature for name, feature in _FEATURES.items() if kwargs.get(name) is not None}
     for feature in asked | ({"dropout"} if dropout else set()):
         if feature not in backend.features:
             raise NotImplementedError(
@@ -136,9 +136,8 @@ def _check_call(
         )
     # The unpatched model may put a window into its mask alone.
     config: Any = module.config
-    given, wanted = kwargs.get("sliding_window"), None
-    if config.prefix_sharing_slides:
-        wanted = sliding_window(config)
+    given = kwargs.get("sliding_window")
+    wanted = sliding_window(config) if config.prefix_sharing_slides else None
     if config.prefix_sharing_slides is not None and given != wanted:
         raise NotImplementedError(
             f"{name} passes the sliding window {given} to its attention function, but the config "

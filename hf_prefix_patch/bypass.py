@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -117,40 +116,32 @@ def bypass_reason(
         cache_by_default: whether a caller outside training who does not say so may go on from the
             cache that the config asks for.
     """
-    return next(_bypass_reasons(backbone, inputs, cache_by_default), None)
-
-
-def _bypass_reasons(
-    backbone: PreTrainedModel, inputs: dict[str, Any], cache_by_default: bool
-) -> Iterator[str]:
     config, ids = backbone.config.get_text_config(decoder=True), inputs.get("input_ids")
     if getattr(backbone, "_is_replica", False):
-        yield "DataParallel, which parts the rows of a batch"
+        return "DataParallel, which parts the rows of a batch"
     unread = unreadable(ids)
     if unread is not None:
-        yield unread
+        return unread
     if ids is None or inputs.get("inputs_embeds") is not None:
-        yield "inputs_embeds"
-        return
+        return "inputs_embeds"
     if inputs.get("use_cache") or any(inputs.get(name) is not None for name in _CACHES):
-        yield "key/value cache"
+        return "key/value cache"
     # In training nobody reads a cache; elsewhere the caller may go on from it.
     by_default = inputs.get("use_cache") is None and getattr(config, "use_cache", False)
     if by_default and cache_by_default and not backbone.training:
-        yield CACHE_BY_DEFAULT
+        return CACHE_BY_DEFAULT
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
-        yield "attention mask that is not [rows, length]"
-    if positions is not None and not isinstance(positions, Tensor):
-        yield "position_ids that are not [rows, length]"
-        return
-    if positions is not None and positions.shape not in (ids.shape, ids[:1].shape):
-        yield "position_ids that are not [rows, length]"
-    elif positions is not None and positions.is_floating_point():
-        yield "position_ids that are not integers"
+        return "attention mask that is not [rows, length]"
+    if positions is not None:
+        shapes = ids.shape, ids[:1].shape
+        if not (isinstance(positions, Tensor) and positions.shape in shapes):
+            return "position_ids that are not [rows, length]"
+        if positions.is_floating_point():
+            return "position_ids that are not integers"
     asked = inputs.get("output_attentions")
     if getattr(config, "output_attentions", False) if asked is None else asked:
-        yield "output_attentions"
+        return "output_attentions"
     known = KNOWN_INPUTS
     if mask is None and positions is not None:
         known = known.union(BOUNDARIES)
@@ -159,20 +150,20 @@ def _bypass_reasons(
     for name, x in inputs.items():
         if name not in known and x is not None and not passes_through(backbone, name, x):
             if config is backbone.config:
-                yield f"input {name!r}"
-            else:
-                yield f"input {name!r} beside the text"
+                return f"input {name!r}"
+            return f"input {name!r} beside the text"
     if not is_causal(config):
-        yield "bidirectional attention"
+        return "bidirectional attention"
     if not is_known_attention(config._attn_implementation):
-        yield f"attention function {config._attn_implementation!r}"
+        return f"attention function {config._attn_implementation!r}"
     if backbone.training and has_neftune(backbone):
-        yield "NEFTune"
+        return "NEFTune"
     adapters = adapter_reason(backbone)
     if adapters is not None:
-        yield adapters
+        return adapters
     if _context_parallel():
-        yield "context parallel"
+        return "context parallel"
+    return None
 
 
 def unreadable(x: Any) -> str | None:

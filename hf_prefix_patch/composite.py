@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_prefix_patch.bypass import PASSED_THROUGH, TOKEN_TYPES, passes_through
+from hf_prefix_patch.hooking import by_name, untraced
 from hf_prefix_patch.media import alike
-from hf_prefix_patch.packed import by_name, untraced
 from hf_prefix_patch.plans import Plan
 from hf_prefix_patch.support import refusal
 from hf_prefix_patch.tree import PrefixTree
@@ -139,10 +139,9 @@ class PlannedCall:
         self, tree: PrefixTree, features: list[Any], marks: Tensor | None
     ) -> tuple[list[Tensor] | None, str | None]:
         """The same for features `[M, ...]` of the `M` cells that are marked, in row order."""
-        flat = None if marks is None else marks.flatten()
-        number = -1 if flat is None else int(flat.sum())
-        if flat is None or any(len(x) != number for x in features):
+        if marks is None or not {len(x) for x in features} <= {int(marks.sum())}:
             return None, f"input {_MARKED!r} of the text decoder"
+        flat = marks.flatten()
         place = flat.cumsum(0) - 1  # of a cell among the marked
         copies, kept = (cells[flat[cells]] for cells in self.plan.copies(flat.device))
         if not all(alike(x[place[copies]], x[place[kept]]) for x in features):

@@ -27,7 +27,7 @@ def check_tensors(inputs: Mapping[str, Any]) -> None:
             )
 
 
-def check_range(decoder: PreTrainedModel, plan: Plan, positions: int | None) -> None:
+def check_embedded(decoder: PreTrainedModel, plan: Plan, positions: int | None) -> None:
     """Refuse ids and positions without an embedding: an IndexError deep in the model, and on a CUDA
     device an assertion that no later call survives.
 
@@ -60,21 +60,19 @@ def not_packed(module: nn.Module, shape: Sequence[int]) -> RuntimeError:
     )
 
 
-def ask_in_backward(
-    decoder: PreTrainedModel, output: Tensor, is_hooked: Callable[[PreTrainedModel], bool]
-) -> None:
+def ask_in_backward(decoder: PreTrainedModel, output: Tensor, hook: Callable[..., Any]) -> None:
     """When backward begins, say why layers that are about to run again cannot.
 
     Args:
         decoder: the stack that was called.
         output: its hidden states.
-        is_hooked: whether a stack still has the hooks of the patch.
+        hook: forward hook that the stack has while it is patched.
     """
     reference = weakref.ref(decoder)
 
     def check(_: Tensor) -> None:
         stack = reference()
-        if stack is None or is_hooked(stack):
+        if stack is None or hook in stack._forward_hooks.values():
             return
         # Recurrent layers alone have all they need in the arguments of the call.
         attends = any(map(is_attention, stack.modules()))

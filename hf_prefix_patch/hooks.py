@@ -9,8 +9,7 @@ checkpointed layers run again in backward, when any state outside the call has m
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -28,11 +27,12 @@ from hf_prefix_patch.documents import (
     without_boundaries,
 )
 from hf_prefix_patch.features import learned_positions, rope_depends_on_length
-from hf_prefix_patch.guards import ask_in_backward, check_range, check_tensors, not_packed
+from hf_prefix_patch.guards import ask_in_backward, check_embedded, check_tensors, not_packed
+from hf_prefix_patch.hooking import by_name, untraced
 from hf_prefix_patch.media import Shown, media_of
 from hf_prefix_patch.notices import warn_caller
 from hf_prefix_patch.outputs import unpack_output
-from hf_prefix_patch.packed import by_name, is_packed, take_packed, untraced
+from hf_prefix_patch.packed import is_packed, take_packed
 from hf_prefix_patch.planned import plain, plan_of
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, ROW_INPUTS, Plan, forget, recall_plan
 from hf_prefix_patch.recurrent import TreeRecurrence, recurrence_of
@@ -51,7 +51,6 @@ from hf_prefix_patch.tree import PrefixTree
 from hf_prefix_patch.wrappers import backbone_of, unwrap
 
 OnBypass = Literal["warn", "ignore", "raise"]
-Options = tuple[str, OnBypass, bool, Trial | None]
 
 _STATE = "_prefix_sharing"
 _VIEWS = "_prefix_sharing_views"
@@ -60,6 +59,15 @@ _IMAGES = (
     "images must be the same bit for bit, in rows with equally many of their tokens, or laid out "
     "as preference trainers do: those of all chosen rows, then those of all rejected ones"
 )
+
+
+class Options(NamedTuple):
+    """What `BackbonePatch.configure` takes."""
+
+    backend: str
+    on_bypass: OnBypass
+    cache_by_default: bool
+    trial: Trial | None
 
 
 class BackbonePatch:
@@ -84,8 +92,8 @@ class BackbonePatch:
         if decoder is not backbone:
             self._hooks.append(decoder.register_forward_pre_hook(pack_embeddings, with_kwargs=True))
         # Before those of the user, which are for rows.
-        unpack = partial(decoder.register_forward_hook, unpack_rows, with_kwargs=True)
-        self._hooks.append(unpack(prepend=True))
+        register = decoder.register_forward_hook  # one line below: Ctrl-C must not part it
+        self._hooks.append(register(unpack_rows, prepend=True, with_kwargs=True))
 
     def refresh(self, backbone: PreTrainedModel) -> None:
         """Look at the model, each time it is enabled: kernels or layers may have been exchanged.
@@ -115,7 +123,7 @@ class BackbonePatch:
     @property
     def options(self) -> Options:
         """What `configure` was given."""
-        return self.backend, self.on_bypass, self.cache_by_default, self.trial
+        return Options(self.backend, self.on_bypass, self.cache_by_default, self.trial)
 
     def remove(self, backbone: PreTrainedModel) -> None:
         self.recurrence = None
@@ -209,6 +217,13 @@ def patch_of(backbone: PreTrainedModel) -> BackbonePatch | None:
     return backbone.__dict__.get(_STATE)
 
 
+def unpatch(backbone: PreTrainedModel) -> None:
+    """Take the patch off a decoder stack, if it carries one."""
+    patch = patch_of(backbone)
+    if patch is not None:
+        patch.remove(backbone)
+
+
 def patched_stacks(module: nn.Module) -> list[PreTrainedModel]:
     """Those of the decoder stacks in a module that carry a patch."""
     return [part for part in module.modules() if _STATE in part.__dict__]  # type: ignore[misc]
@@ -249,7 +264,7 @@ def pack_rows(
     else:
         plan, times = _plan_rows(backbone, patch, inputs, media)
     if decoder is backbone:  # composites replace ids and positions
-        check_range(backbone, plan, patch.positions)
+        check_embedded(backbone, plan, patch.positions)
     training = backbone.training and torch.is_grad_enabled()
     if training:
         patch.watch(plan.tree, bool(media))
@@ -306,17 +321,13 @@ def unpack_rows(
 ) -> Any:
     """Forward hook: give everything that the decoder stack returns back as rows."""
     if kwargs.get("tree_backend") is not None:
-        ask_in_backward(backbone, output[0], _is_hooked)
+        ask_in_backward(backbone, output[0], unpack_rows)
     rows: _Rows | None = kwargs.get("tree_rows")
     if rows is None:
         return output
     if output[0].shape[:2] != (1, rows.tree.packed_tokens):
         raise not_packed(backbone, output[0].shape)
     return unpack_output(rows.tree, output)
-
-
-def _is_hooked(decoder: PreTrainedModel) -> bool:
-    return unpack_rows in decoder._forward_hooks.values()
 
 
 class _Rows:

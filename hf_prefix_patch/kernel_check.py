@@ -6,6 +6,8 @@ mask aligned top-left, or grouped queries read as if they were not, gives plausi
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,8 +67,8 @@ def find_fault(backend: Backend, needs: Needs) -> str | None:
 def _errors(backend: Backend, needs: Needs) -> dict[str, float]:
     tree = _tree().to(needs.device)
     windows: set[int | None] = {None if window is None else 37 for window in needs.windows}
-    small = Needs(**(vars(needs) | {"windows": frozenset(windows)}))
-    kwargs = tree.model_kwargs() | backend.plan(tree, small)
+    planned = backend.plan(tree, replace(needs, windows=frozenset(windows)))
+    kwargs = tree.model_kwargs() | planned
     errors: dict[str, float] = {}
     for size in sorted(needs.head_dims):
         for window in windows:
@@ -106,14 +108,13 @@ def _tree() -> PrefixTree:
 def _inputs(tree: PrefixTree, size: int, needs: Needs) -> tuple[list[Tensor], Tensor]:
     """Six query heads and two of keys and values, sinks, and a direction for backward."""
     generator = torch.Generator().manual_seed(size)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").to(needs.device)
+
     n = tree.packed_tokens
-    shapes = [(1, 6, n, size), (1, 2, n, size), (1, 2, n, size), (6,)]
-    drawn = [
-        torch.randn(shape, generator=generator, device="cpu")
-        for shape in (*shapes, (1, n, 6, size))
-    ]
-    direction = drawn.pop().to(needs.device)
-    return [x.to(needs.device, needs.dtype).requires_grad_() for x in drawn], direction
+    inputs = drawn(1, 6, n, size), drawn(1, 2, n, size), drawn(1, 2, n, size), drawn(6)
+    return [x.to(needs.dtype).requires_grad_() for x in inputs], drawn(1, n, 6, size)
 
 
 class AttentionStandIn(nn.Module):
@@ -121,13 +122,8 @@ class AttentionStandIn(nn.Module):
 
     def __init__(self, needs: Needs) -> None:
         super().__init__()
-        self.config: Any = _Config(needs.implementation)
-
-
-class _Config:
-    def __init__(self, implementation: str) -> None:
-        self._attn_implementation = implementation
-        self.prefix_sharing_original = self
+        original = SimpleNamespace(_attn_implementation=needs.implementation)
+        self.config: Any = SimpleNamespace(prefix_sharing_original=original)
 
 
 def _name(device: torch.device) -> str:

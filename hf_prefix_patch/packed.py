@@ -1,12 +1,9 @@
-"""What hooks read off a call, and calls that are given a packed row: what makes one, its plan."""
+"""Calls that are given a packed row: what makes one, its plan."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,27 +17,10 @@ from hf_prefix_patch.tree import PrefixTree
 LOSS_INPUTS = ("logit_index", "logit_labels", "completion_index", "completion_lengths")
 """What a packed batch holds for its loss: see `DataCollatorWithPrefixSharing`."""
 
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
 _ROUTERS = "output_router_logits"
 _DESCRIPTORS = ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")
 _OURS = {*_DESCRIPTORS, "tree_max_seqlen_q", "tree_max_seqlen_k", *LOSS_INPUTS, *REFERENCE_LOGPS}
 _OURS |= {"attention_mask", "position_ids"}
-
-
-def untraced(hook: Hook) -> Hook:
-    """Keep torch.compile out: the hooks read token ids on the host."""
-    return cast(Hook, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
-
-
-def by_name(
-    module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """All arguments of a call of the module."""
-    if not args:
-        return dict(kwargs)
-    names = inspect.signature(module.forward).parameters
-    return kwargs | dict(zip(names, args, strict=False))
 
 
 def is_packed(inputs: dict[str, Any]) -> bool:

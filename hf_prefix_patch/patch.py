@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.attach import Shared, share_model
 from hf_prefix_patch.attention import BACKENDS
-from hf_prefix_patch.hooks import OnBypass, Options, patch_of, patched_stacks
+from hf_prefix_patch.hooks import OnBypass, Options, patch_of, patched_stacks, unpatch
 from hf_prefix_patch.options import check_counts, check_switches
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.selection import Selection
@@ -117,8 +117,7 @@ class PrefixSharing:
         self._undo(self._found)
 
     def __repr__(self) -> str:
-        active = any(map(patch_of, self.backbones))
-        state = "active" if active else "removed"
+        state = "active" if any(map(patch_of, self.backbones)) else "removed"
         return f"PrefixSharing({state}, backend={self._patches[0].backend!r}, stats={self.stats!r})"
 
 
@@ -296,10 +295,8 @@ def disable_prefix_sharing(target: Any) -> None:
         unwrap(policy, check=False)
     for _, module in other_models_of(trainer, None):
         shared += patched_stacks(module)
-    for backbone in shared:
-        patch = patch_of(backbone)
-        if patch is not None:  # a stack may come twice
-            patch.remove(backbone)
+    for backbone in shared:  # one may come twice
+        unpatch(backbone)
     trainer_patch = None if trainer is None else trainer_patch_of(trainer)
     if trainer_patch is not None:
         trainer_patch.clear()

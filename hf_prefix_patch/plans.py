@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from hf_prefix_patch.tree import PrefixTree, to_device
 NOTHING_TO_GAIN = "nothing to gain"
 ROW_INPUTS = ("input_ids", "attention_mask", "position_ids")
 """The arguments of a call that its plan depends on."""
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +42,7 @@ class Plan:
     documents: np.ndarray | None = None
     largest_id: int = -1
     largest_position: int = -1
-    _moved: dict[torch.device, PrefixTree] = field(default_factory=dict)
-    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _of_backends: dict[tuple[Backend, Needs], dict[str, Any]] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
     def of_rows(
@@ -69,41 +69,39 @@ class Plan:
         if documents is not None and positions is not None and positions.flat[documents].any():
             return cls(None, "position_ids that jump")
         tree = PrefixTree.from_host_rows(rows)
-        gains = tree.packed_tokens < tree.padded_tokens
         last = ids.shape[1] - 1 if positions is None else int(positions.max())
         largest = int(ids.reshape(-1)[tree.source.numpy()].max()), int(tree.position_ids.max())
         beyond = last > largest[1]
         before = bool((~mask[:, 0] & mask.any(axis=1)).any())
-        reason = None if gains else NOTHING_TO_GAIN
+        reason = None if tree.packed_tokens < tree.padded_tokens else NOTHING_TO_GAIN
         return cls(tree, reason, beyond, before, documents, *largest)
 
     def on(self, device: torch.device) -> PrefixTree:
         """The tree on the device of a call; moved once."""
-        assert self.tree is not None
-        if device not in self._moved:
-            with torch.inference_mode(False):  # it may serve a training call next
-                self._moved[device] = self.tree.to(device)
-        return self._moved[device]
+        return self._once(device, lambda tree: tree.to(device))
 
     def copies(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cells that hold a token which is read from another one, and those they are read from."""
-        assert self.tree is not None
-        if device not in self._copies:
-            kept = self.tree.source[self.tree.packed_index]
-            copies = self.tree.cell != kept
-            with torch.inference_mode(False):  # it may serve a training call next
-                pair = (to_device(x[copies], device) for x in (self.tree.cell, kept))
-                self._copies[device] = tuple(pair)  # type: ignore[assignment]
-        return self._copies[device]
+
+        def cells(tree: PrefixTree) -> tuple[Tensor, Tensor]:
+            kept = tree.source[tree.packed_index]
+            copies = tree.cell != kept
+            return to_device(tree.cell[copies], device), to_device(kept[copies], device)
+
+        return self._once(("copies", device), cells)
 
     def backend_kwargs(self, backend: Backend, needs: Needs) -> dict[str, Any]:
         """What the backend plans for this tree, once."""
+        return self._once((backend, needs), lambda tree: backend.plan(tree, needs))
+
+    def _once(self, key: Hashable, make: Callable[[PrefixTree], Made]) -> Made:
+        """What is made of the tree, kept under this key."""
         assert self.tree is not None
-        key = backend, needs
-        if key not in self._of_backends:
+        if key not in self._made:
             with torch.inference_mode(False):  # it may serve a training call next
-                self._of_backends[key] = backend.plan(self.tree, needs)
-        return self._of_backends[key]
+                self._made[key] = make(self.tree)
+        made: Made = self._made[key]
+        return made
 
 
 def recall_plan(rows: Sequence[Tensor | None]) -> Plan:

@@ -1,6 +1,6 @@
 """Shared attention by duplicating rows: the specification, slow and plain.
 
-Tests hold every backend to this, and the check of a kernel at run time does.
+Tests hold every backend to this, and so does the check of a kernel at run time.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class HostRows(NamedTuple):
 
 def has_holes(mask: np.ndarray) -> bool:
     """Whether real tokens of some row of the `[R, L]` bool mask are not contiguous."""
-    starts = mask[:, 1:] & ~mask[:, :-1]
-    return bool((starts.sum(1) + mask[:, 0] > 1).any()) if mask.shape[1] else False
+    starts = np.diff(mask.astype(np.int8), prepend=0) == 1
+    return bool((starts.sum(1) > 1).any())
 
 
 def host_rows(
@@ -60,12 +60,12 @@ def host_rows(
             "move the batch to the model's device, or call the model unpatched for shapes alone"
         )
     device = ids.device
-    host = torch.stack([x.to(device, torch.int64) for x in given]).cpu().numpy()
-    rest = iter(host[1:])
+    host = list(torch.stack([x.to(device, torch.int64) for x in given]).cpu().numpy())
+    positions = None if position_ids is None else host.pop()
     if attention_mask is not None:
-        values, positions = next(rest), next(rest, None)
-        return HostRows(host[0], values > 0, positions, numbered=bool((values > 1).any()))
-    positions, documents = next(rest, None), None
+        tokens, values = host
+        return HostRows(tokens, values > 0, positions, numbered=bool((values > 1).any()))
+    documents = None
     if positions is not None:
         starts = np.flatnonzero(np.diff(positions, prepend=positions[:, :1]) != 1)
         documents = starts if len(starts) > len(positions) else None
@@ -87,8 +87,8 @@ def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor
             f"{name} is of {rows.dtype}, but must be of integers; pass {name}.long() if these are "
             "whole numbers"
         )
-    if rows.ndim == 2 and shape is not None and name == "position_ids":
-        rows = rows.expand(shape) if rows.shape[0] == 1 and rows.shape[1] == shape[1] else rows
+    if name == "position_ids" and shape is not None and rows.shape == (1, shape[1]):
+        rows = rows.expand(shape)
     if rows.ndim != 2 or (shape is not None and rows.shape != shape):
         need = "[R, L]" if shape is None else f"{list(shape)}, the shape of input_ids,"
         raise ValueError(

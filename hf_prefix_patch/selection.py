@@ -23,11 +23,11 @@ from hf_prefix_patch.features import (
 )
 from hf_prefix_patch.kernel_check import kernel_fault
 from hf_prefix_patch.notices import warn_caller
+from hf_prefix_patch.support import REFUSED
 from hf_prefix_patch.wrappers import device_of
 
 # What configs call the dropout of attention weights, for layers that ask them at each call.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-
 
 State = tuple[torch.device, torch.dtype, torch.dtype | None]
 
@@ -54,50 +54,34 @@ def select(name: str, needs: Needs, model: str) -> Selection:
         RuntimeError: its kernel, or with `"auto"` that of every backend, computes wrong results on
             this device.
     """
-    passed_over: dict[str, str] = {}
-    for backend in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
-        reason = _reason_against(backend, needs, name)
-        if reason is None:
-            reason = kernel_fault(backend, needs)
-            if reason is None:
-                return Selection(backend, needs, passed_over | _others(backend, needs, name))
-            if name == "auto":
-                message = (
-                    f"prefix sharing does not use its backend {backend.name!r}: {reason}; the next "
-                    "one that serves is taken, and backend=... picks one by name"
-                )
-                warn_caller(message)
-        passed_over[backend.name] = reason
-    if name != "auto":
-        can = [
-            other.name
-            for other in BACKENDS.values()
-            if other.name != name and unserved(other, needs) is None
-        ]
-        fault = unserved(BACKENDS[name], needs) is None
+    auto = name == "auto"
+    against = {x.name: unserved(x, needs) for x in BACKENDS.values()}
+    if auto:
+        against[FLEX.name] = against[FLEX.name] or 'it is taken by name only (backend="flex")'
+    fault = None
+    for backend in BACKENDS.values() if auto else [BACKENDS[name]]:
+        if against[backend.name] is not None:
+            continue
+        fault = against[backend.name] = kernel_fault(backend, needs)
+        if fault is None:
+            instead = f"{backend.name} comes first" if auto else f"{name} was asked for"
+            others = {x: reason or instead for x, reason in against.items() if x != backend.name}
+            return Selection(backend, needs, others)
+        if auto:
+            warn_caller(
+                f"prefix sharing does not use its backend {backend.name!r}: {fault}; the next one "
+                "that serves is taken, and backend=... picks one by name"
+            )
+    if not auto:
+        can = [x for x, reason in against.items() if reason is None]
         raise (RuntimeError if fault else NotImplementedError)(
-            f"prefix sharing refused: backend {name!r} cannot serve this {model}: "
-            f"{passed_over[name]}; these can: {can}, and backend='auto' picks one"
+            f"{REFUSED}backend {name!r} cannot serve this {model}: "
+            f"{against[name]}; these can: {can}, and backend='auto' picks one"
         )
     raise RuntimeError(
-        f"prefix sharing refused: no backend of {list(passed_over)} computes right results for "
-        f"this {model}: {passed_over}; run it unpatched, or on another device or release of torch"
+        f"{REFUSED}no backend of {list(against)} computes right results for "
+        f"this {model}: {against}; run it unpatched, or on another device or release of torch"
     )
-
-
-def _reason_against(backend: Backend, needs: Needs, name: str) -> str | None:
-    reason = unserved(backend, needs)
-    if reason is None and name == "auto" and backend is FLEX:
-        return 'it is taken by name only (backend="flex")'
-    return reason
-
-
-def _others(picked: Backend, needs: Needs, name: str) -> dict[str, str]:
-    """Why each backend that was not looked at is not used."""
-    looked_at = list(BACKENDS.values()).index(picked) if name == "auto" else 0
-    rest = [other for other in list(BACKENDS.values())[looked_at:] if other is not picked]
-    first = f"{picked.name} comes first" if name == "auto" else f"{name} was asked for"
-    return {other.name: _reason_against(other, needs, name) or first for other in rest}
 
 
 def unserved(backend: Backend, needs: Needs) -> str | None:

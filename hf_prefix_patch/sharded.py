@@ -25,13 +25,10 @@ def whole_weights(called: nn.Module) -> Iterator[None]:
     Collectives are as in any forward: every process has to make the same calls.
     """
     with ExitStack() as stack:
-        hooks = _gather_from_deepspeed(called)
-        for hook in hooks:
+        for hook in _gather_from_deepspeed(called):
             stack.callback(hook.remove)
-        try:
-            yield
-        finally:
-            _shard_again(called)
+        stack.callback(_shard_again, called)
+        yield
 
 
 def _gather_from_deepspeed(called: nn.Module) -> list[Any]:

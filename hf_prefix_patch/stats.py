@@ -54,11 +54,12 @@ class SharingStats:
     def add(self, tree: PrefixTree) -> None:
         """Count a shared call; it counts from its start, whatever happens in it."""
         with _lock:
-            rows, padded = (
+            counts = (
                 self.row_tokens + tree.row_tokens,
                 self.padded_tokens + tree.padded_tokens,
+                self.packed_tokens + tree.packed_tokens,
+                self.calls + 1,
             )
-            counts = rows, padded, self.packed_tokens + tree.packed_tokens, self.calls + 1
             # At once: Ctrl-C may come between any two lines.
             self.row_tokens, self.padded_tokens, self.packed_tokens, self.calls = counts
 

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from hf_prefix_patch.bypass import unreadable
 from hf_prefix_patch.composite import CALL
+from hf_prefix_patch.hooking import untraced
 from hf_prefix_patch.media import alike, has_entries, repeats
 from hf_prefix_patch.modes import evaluating
-from hf_prefix_patch.packed import untraced
 from hf_prefix_patch.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def expect(composite: PreTrainedModel, decoder: PreTrainedModel, times: int) -> 
     """
     for child in composite.children() if composite is not decoder else ():
         if times > 1 and decoder not in child.modules():
-            for tower in _outermost(child):
+            for tower in _models_in(child):
                 _hook(tower)
         for module in child.modules() if child is not decoder else ():
             state: _Tower | None = module.__dict__.get(_STATE)
@@ -70,13 +70,13 @@ def _hook(tower: nn.Module) -> None:
             _Tower(tower)
 
 
-def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
+def _models_in(module: nn.Module) -> Iterator[PreTrainedModel]:
     """The models in a module, in wrappers of adapters for example; projectors are none."""
     if isinstance(module, PreTrainedModel):
         yield module
         return
     for child in module.children():
-        yield from _outermost(child)
+        yield from _models_in(child)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _Growth:
         dims = []
         for ours, theirs in zip(parts, wholes, strict=True):
             dims.append(None if theirs is None else _growing_dim(ours, theirs, times))
-            if not _repeats(ours, theirs, dims[-1], times):
+            if not _is_repeated(ours, theirs, dims[-1], times):
                 return None
         return cls(str(spec), tuple(dims))
 
@@ -125,7 +125,7 @@ def _growing_dim(part: Tensor, whole: Tensor, times: int) -> int:
     raise ValueError(f"{list(part.shape)} for the first images, {list(whole.shape)} for all")
 
 
-def _repeats(part: Tensor | None, whole: Tensor | None, dim: int | None, times: int) -> bool:
+def _is_repeated(part: Tensor | None, whole: Tensor | None, dim: int | None, times: int) -> bool:
     if part is None or whole is None or dim is None:
         return part is whole
     entries, wanted = part.movedim(dim, 0), whole.movedim(dim, 0)

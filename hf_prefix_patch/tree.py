@@ -105,7 +105,7 @@ class PrefixTree:
                 or an id or position out of range.
             TypeError: ids or positions that are not integers.
         """
-        device = input_ids.device if isinstance(input_ids, Tensor) else torch.device("cpu")
+        device = input_ids.device if isinstance(input_ids, Tensor) else _HOST
         rows = host_rows(input_ids, attention_mask, position_ids)
         if rows.numbered and attention_mask is not None:
             raise not_a_mask(attention_mask)
@@ -139,7 +139,7 @@ class PrefixTree:
         source = plan["source"]
         kept = source % length if positions is None else positions.flat[source]
         plan["position_ids"] = kept[None]
-        return cls._of_arrays(ids.shape[0], ids.shape[1], plan, device)
+        return cls._of_arrays(len(ids), length, plan, device)
 
     @classmethod
     def from_descriptors(

@@ -9,9 +9,9 @@ of its ancestors' chains before it branched off, whole.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -91,46 +91,43 @@ def chain_blocks(tree: PrefixTree) -> list[tuple[int, int, int, int]]:
 
     The last block of a chain is the chain itself, causal; its other blocks are seen whole.
     """
-    stops: list[int] = []
     paths: list[tuple[tuple[int, int], ...]] = []  # of each segment, as packed stretches
     chains: list[tuple[tuple[int, int], ...]] = []
-    offset = 0
-    for parent, length in zip(tree.parents, tree.segment_lengths, strict=True):
-        start, stop = offset, offset + length
+    for parent, (start, stop) in zip(tree.parents, _segments(tree), strict=True):
         path = paths[parent] if parent >= 0 else ()
-        if parent >= 0 and stops[parent] == start:
+        if path and path[-1][1] == start:  # the first child
             path = (*path[:-1], (path[-1][0], stop))
             chains[-1] = path
         else:
             path = (*path, (start, stop))
             chains.append(path)
-        stops.append(stop)
         paths.append(path)
-        offset = stop
     return [(*path[-1], *block) for path in chains for block in path]
 
 
-def subtree_ends(tree: PrefixTree) -> tuple[list[int], list[int]]:
-    """Where each segment stops in the packed row, and where the last of its descendants does."""
-    stops = list(accumulate(tree.segment_lengths))
-    ends = stops.copy()
+def subtree_ends(tree: PrefixTree) -> list[int]:
+    """Where each segment or the last of its descendants stops in the packed row."""
+    ends = list(accumulate(tree.segment_lengths))
     for s in reversed(range(len(ends))):
         if tree.parents[s] >= 0:
             ends[tree.parents[s]] = max(ends[tree.parents[s]], ends[s])
-    return stops, ends
+    return ends
 
 
 def segment_blocks(tree: PrefixTree) -> list[tuple[int, int, int, int]]:
     """The same scores segment by segment: each on itself, causal, and right after that all of its
     descendants, which follow it in the packed row, on the whole of it."""
-    stops, ends = subtree_ends(tree)
     blocks = []
-    for length, stop, end in zip(tree.segment_lengths, stops, ends, strict=True):
-        start = stop - length
+    for (start, stop), end in zip(_segments(tree), subtree_ends(tree), strict=True):
         blocks.append((start, stop, start, stop))
         if stop < end:
             blocks.append((stop, end, start, stop))
     return blocks
+
+
+def _segments(tree: PrefixTree) -> Iterator[tuple[int, int]]:
+    """Where segments start and stop in the packed row."""
+    return pairwise(accumulate(tree.segment_lengths, initial=0))
 
 
 def as_tensor(blocks: Sequence[Sequence[int]]) -> Tensor:

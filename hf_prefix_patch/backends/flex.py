@@ -142,10 +142,10 @@ def tree_block_mask(tree: PrefixTree, window: int | None, device: torch.device) 
 
 def _ends_and_depths(tree: PrefixTree) -> tuple[list[int], list[int]]:
     """Of each packed token: where its subtree ends, and how many tokens stand before it."""
-    _, subtree = subtree_ends(tree)
+    segments = zip(tree.segment_lengths, tree.path_lengths, subtree_ends(tree), strict=True)
     ends: list[int] = []
     depths: list[int] = []
-    for length, path, end in zip(tree.segment_lengths, tree.path_lengths, subtree, strict=True):
+    for length, path, end in segments:
         ends += [end] * length
         depths += range(path - length, path)
     return ends, depths

@@ -330,14 +330,12 @@ def _seeded(seed: Tensor | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed))
-            yield
-    else:  # of this device alone: those of others would not come back
-        with torch.random.fork_rng([device], device_type=device.type):
-            getattr(torch, device.type).manual_seed(int(seed))
-            yield
+    on_cpu = device.type == "cpu"
+    # Of this device alone: those of others would not come back.
+    seeded = torch.default_generator if on_cpu else getattr(torch, device.type)
+    with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
+        seeded.manual_seed(int(seed))
+        yield
 
 
 @chain_attention.register_fake
@@ -359,8 +357,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     options = (ctx.scaling, ctx.dropout, ctx.window, ctx.softcap)
     grads = chain_attention_backward(grad, *ctx.saved_tensors, *options)
-    dq, dk, dv, dsinks = [*grads, None][:4]
-    return (dq, dk, dv, dsinks, *[None] * 6)
+    return (*grads, *[None] * (10 - len(grads)))
 
 
 chain_attention.register_autograd(_differentiate, setup_context=_keep)

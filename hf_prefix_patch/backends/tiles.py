@@ -163,11 +163,9 @@ def _halves(start: int, stop: int, tile: int) -> Iterator[Call]:
 def even_tiles(key_heads: int, threads: int) -> int:
     """Tiles of a call that keep the threads busy for four fifths of its time in backward, where a
     thread takes all of a key head in a tile."""
-    for number in count(1):
-        tasks = number * key_heads
-        if 5 * tasks >= 4 * threads * ceil(tasks / threads):
-            break
-    return number
+    tasks = count(key_heads, key_heads)
+    enough = next(n for n in tasks if 5 * n >= 4 * threads * ceil(n / threads))
+    return enough // key_heads
 
 
 def _pieces(call: Call, number: int) -> Iterator[Call]:
