@@ -8,6 +8,7 @@ import json
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoModel,
@@ -18,11 +19,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from hf_prefix_patch import flops
-from hf_prefix_patch.flops import DecoderShape, Work, row_pairs, tree_pairs
+from hf_prefix_patch import PrefixTree, flops
+from hf_prefix_patch.flops import DecoderShape, Work, visible_pairs
 from hf_prefix_patch.versions import CHECKPOINT_LAYERS
-
-__all__ = ["SHAPES", "build_decoder", "row_pairs", "set_up", "step_flops", "tree_pairs"]
 
 
 def _shape(layers: int, hidden: int, heads: int, kv: int, mlp: int, vocab: int, **rest: Any):
@@ -92,6 +91,17 @@ def set_up(model: PreTrainedModel, *, checkpointing: bool, frozen: bool) -> PreT
 @cache
 def _shape_of(kind: type[PretrainedConfig], sizes: str) -> DecoderShape:
     return DecoderShape.of(kind.from_dict(json.loads(sizes)))
+
+
+def row_pairs(lengths: list[int]) -> int:
+    """Visible pairs of rows that each stand alone."""
+    return int(visible_pairs(np.array(lengths), None).sum())
+
+
+def tree_pairs(tree: PrefixTree) -> int:
+    """Visible pairs of a packed row: `n` queries at the end of a path of `m` keys."""
+    paths, own = np.array(tree.path_lengths), np.array(tree.segment_lengths)
+    return int((visible_pairs(paths, None) - visible_pairs(paths - own, None)).sum())
 
 
 def step_flops(

@@ -18,17 +18,16 @@ import argparse
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
-import trl.trainer.utils
 from datasets import Dataset
 from pairs import load_tokenizer
 from report import machine, results_folder, write_table
 from torch import Tensor, nn
-from training import COLUMNS, in_own_process, lora_config
+from training import COLUMNS, count_tokens, in_own_process, lora_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl_step import completion_head
 
 from hf_prefix_patch import enable_prefix_sharing, tokenize_preferences
 
@@ -163,7 +162,7 @@ def trained(model: nn.Module) -> Tensor:
 def train(run: Run, examples: list[dict[str, Any]], args: argparse.Namespace) -> Result:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)  # of a fresh adapter
-    watch, tokens = Watch(args.every), []
+    watch = Watch(args.every)
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
         args=DPOConfig(
@@ -189,14 +188,8 @@ def train(run: Run, examples: list[dict[str, Any]], args: argparse.Namespace) ->
     )
     trainer.remove_callback(PrinterCallback)
     sharing = enable_prefix_sharing(trainer, on_bypass="raise") if run.shared else None
-
-    def count(embeddings: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled():  # not the reference
-            tokens.append(inputs[0].numel())
-
-    trainer.model.get_input_embeddings().register_forward_pre_hook(count)
-    # The head on completion tokens, as on CUDA: most of a step would be the head otherwise.
-    with patch.object(trl.trainer.utils, "_use_triton", lambda device: True):
+    tokens = count_tokens(trainer.model)
+    with completion_head():  # most of a step would be the head otherwise
         trainer.train()
     if sharing is not None and sharing.stats.calls < 2 * args.steps:
         raise RuntimeError(f"{run.name}: {sharing.stats}, but every call should have been shared")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from charts import heat_maps
-from decoder import SHAPES, set_up
+from decoder import SHAPES, row_pairs, set_up, tree_pairs
 from measure import GrowingTable, Side, entry, fits, medians, parse, peak_memory, setting
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from hf_prefix_patch import PrefixTree
-from hf_prefix_patch.flops import DecoderShape, Work, row_pairs, step_flops, tree_pairs
+from hf_prefix_patch.flops import DecoderShape, Work, step_flops
 from hf_prefix_patch.measuring import seconds_of
 
 MERGED, PATCH = 2, 14  # patches a side of a token, pixels a side of a patch

@@ -80,7 +80,7 @@ def in_mode(batch: Batch, mode: str) -> tuple[Batch, int]:
 
 
 def synthetic_pairs(
-    count: int, median: float, ratio: float, sigma: float, vocab: int, seed: int = 0
+    count: int, median: float, ratio: float, sigma: float, vocab: int
 ) -> list[Pair]:
     """Random tokens whose lengths have the given medians.
 
@@ -89,7 +89,7 @@ def synthetic_pairs(
     Lengths are the quantiles of those distributions in random order, not independent draws, so
     that a few pairs have the medians too.
     """
-    generator = random.Random(seed)
+    generator = random.Random(0)
     quantiles = [NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
     whole, chosen, rejected = (generator.sample(quantiles, count) for _ in range(3))
 
@@ -118,7 +118,7 @@ def load_tokenizer(path: str | None) -> Any:
 
 
 def read_pairs(
-    path: Path, tokenizer: Any, count: int, max_length: int, shuffle: bool = True, seed: int = 0
+    path: Path, tokenizer: Any, count: int, max_length: int, shuffle: bool = True
 ) -> list[Pair]:
     """Pairs of a JSONL file with prompt, chosen and rejected: strings, or lists of messages.
 
@@ -130,7 +130,7 @@ def read_pairs(
     with path.open(encoding="utf-8") as file:
         examples = [json.loads(line) for line in file if line.strip()]
     if shuffle:
-        random.Random(seed).shuffle(examples)
+        random.Random(0).shuffle(examples)
     pairs: list[Pair] = []
     remaining = iter(examples)
     # No more than are needed: files are long, and `count` is often small.

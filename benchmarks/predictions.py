@@ -19,9 +19,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
-from unittest.mock import patch
 
-import trl.trainer.utils
 from decoder import build_decoder
 from measure import keep_freed_memory, parse, setting
 from pairs import Batch, collate, in_mode, load_tokenizer, read_pairs, renumber
@@ -29,7 +27,7 @@ from preference_sets import MODES
 from preference_sets import measure as measure_decoder
 from report import write_table
 from tqdm import tqdm
-from trl_step import build_trainer, step
+from trl_step import build_trainer, completion_head, step
 
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.estimate import Setting, epoch_of, random_epochs
@@ -109,8 +107,7 @@ def with_trl(path: Path, args: argparse.Namespace) -> Iterator[tuple]:
     pairs = Pairs.of(examples, args.max_length)
     shape = DecoderShape.of(trainer.model.config)
     seconds = dict.fromkeys(args.modes, 0.0)
-    # "compact": logits of completion tokens only
-    with patch.object(trl.trainer.utils, "_use_triton", lambda device: True):
+    with completion_head():
         for indices in tqdm(batches, desc=f"{path.stem}, TRL"):
             rows = trainer.data_collator([examples[i] for i in indices])
             batch = Batch(*(rows[x] for x in ("input_ids", "attention_mask", "completion_mask")))

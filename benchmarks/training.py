@@ -25,10 +25,8 @@ from math import nan
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
-import trl.trainer.utils
 from charts import grouped_bars
 from datasets import Dataset, load_dataset
 from pairs import load_tokenizer
@@ -39,6 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
+from trl_step import completion_head
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from plain_pytorch_dpo import dpo_loss
@@ -169,20 +168,15 @@ def measure(run: Run, examples: list[dict[str, Any]], args: argparse.Namespace) 
     prepare = with_trainer if run.trainer else with_plain_loop
     model, warm_up, train = prepare(run, examples, args)
     randomise_adapter(model)
-    tokens, seconds, outcome = [], [], []
-
-    def count(embeddings: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled():  # not the reference
-            tokens.append(inputs[0].numel())
+    seconds, outcome = [], []
 
     def timed() -> None:
         seconds.append(seconds_of(lambda: outcome.append(train()), model.device))
 
-    completions = patch.object(trl.trainer.utils, "_use_triton", lambda device: True)
-    with completions if args.completion_head else nullcontext():
+    with completion_head() if args.completion_head else nullcontext():
         warm_up()
         model.zero_grad()
-        model.get_input_embeddings().register_forward_pre_hook(count)
+        tokens = count_tokens(model)
         peak = peak_of(timed, model.device) if args.device == "cuda" else peak_resident(timed)
     return Result(*outcome[0], seconds[0], sum(tokens), peak)
 
@@ -266,6 +260,18 @@ def with_plain_loop(run: Run, examples: list[dict[str, Any]], args: argparse.Nam
         return len(loader), losses.item() / len(loader)
 
     return model, lambda: step(collator(examples[:1])), train
+
+
+def count_tokens(model: nn.Module) -> list[int]:
+    """Of each call of the decoder from now on, but those of the reference."""
+    tokens: list[int] = []
+
+    def count(embeddings: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled():
+            tokens.append(inputs[0].numel())
+
+    model.get_input_embeddings().register_forward_pre_hook(count)
+    return tokens
 
 
 def lora_config() -> LoraConfig:

@@ -14,8 +14,11 @@ CUDA. Both runs of a table use the same head.
 import argparse
 import sys
 import time
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import trl.trainer.utils
@@ -54,7 +57,9 @@ def main() -> None:
     if args.unshareable:
         batches = [unshareable(batch) for batch in batches]
     for head in args.heads:
-        rows = measure(trainer, batches, args.repeats, head)
+        with completion_head() if head == "completion" else nullcontext():
+            step(trainer, batches[0])  # warm-up
+            rows = measure(trainer, batches, args.repeats, HEADS[head])
         kind = "nothing to share" if args.unshareable else Path(args.data).stem
         title = f"TRL DPO-LoRA step, {kind}, {args.pairs} pairs a batch, {HEADS[head]}"
         header = ("batch", "unpatched s", "patched s", "speed-up", "ideal", "loss", "loss error")
@@ -62,14 +67,10 @@ def main() -> None:
         write_table(title, (*header, "gradient error"), rows, args.out, setting)
 
 
-def measure(trainer: DPOTrainer, batches: list[dict], repeats: int, head: str) -> list[tuple]:
+def measure(trainer: DPOTrainer, batches: list[dict], repeats: int, name: str) -> list[tuple]:
     """A line for each batch, and one for their sums."""
-    decide = trl.trainer.utils._use_triton
-    if head == "completion":
-        trl.trainer.utils._use_triton = lambda device: True  # "compact": completion tokens only
-    step(trainer, batches[0])  # warm-up
     rows = []
-    for i, batch in enumerate(tqdm(batches, desc=HEADS[head])):
+    for i, batch in enumerate(tqdm(batches, desc=name)):
         plain = shared = 0.0
         for _ in range(repeats):
             seconds, loss, gradient = step(trainer, batch)
@@ -81,12 +82,16 @@ def measure(trainer: DPOTrainer, batches: list[dict], repeats: int, head: str) -
         ideal = stats.padded_tokens / stats.packed_tokens if stats.calls else 1.0
         error = ((shared_gradient - gradient).norm() / gradient.norm()).item()
         rows.append((i, plain, shared, plain / shared, ideal, loss, abs(shared_loss - loss), error))
-    trl.trainer.utils._use_triton = decide
     plain, shared = (sum(row[k] for row in rows) for k in (1, 2))
     # The patched time that the token ratio alone would give, batch by batch.
     ideal = plain / sum(row[1] / row[4] for row in rows)
     worst = [max(row[k] for row in rows) for k in (6, 7)]
     return [*rows, ("all", plain, shared, plain / shared, ideal, "", *worst)]
+
+
+def completion_head() -> Any:
+    """While in force, TRL's LM head runs on completion tokens alone ("compact"), as on CUDA."""
+    return patch.object(trl.trainer.utils, "_use_triton", lambda device: True)
 
 
 def step(trainer: DPOTrainer, batch: dict) -> tuple[float, float, torch.Tensor]:

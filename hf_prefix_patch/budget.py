@@ -24,6 +24,7 @@ from hf_prefix_patch.wrappers import called_module
 
 _BY_DEFAULT = "random"
 _STOCK = ("transformers.", "trl.", "peft.")  # whose losses divide by what they are handed
+_Source = tuple[Any, int | None, TruncationMode]
 _COUNTED = 3  # examples whose tokens are counted in the trainer's batches too
 
 
@@ -60,17 +61,13 @@ class TokenBudget:
         self._trainer, self._max_tokens, self._options = trainer, max_tokens, dict(options)
         self._said = False
         self.has_dealt = False
-        self._counted = _counted_in(trainer)
-        self.sampler = self._count(*self._counted)
+        self.sampler = self._count(_counted_in(trainer))
         self.callback = SetEpoch(self.sampler)
         self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step
         self._gather = trainer.accelerator.gather
-        self._rows_name, self._rows_per_pair = self._check_rows(self.sampler)
 
-    def _count(
-        self, dataset: Any, max_length: int | None, truncation_mode: TruncationMode
-    ) -> PrefixSharingBatchSampler:
-        args = self._trainer.args
+    def _count(self, counted: _Source) -> PrefixSharingBatchSampler:
+        args, (dataset, max_length, truncation_mode) = self._trainer.args, counted
         ours = {
             "max_length": max_length,
             "truncation_mode": truncation_mode,
@@ -80,13 +77,16 @@ class TokenBudget:
         }
         options = ours | self._options
         try:
-            return PrefixSharingBatchSampler(dataset, self._max_tokens, **options)
+            sampler = PrefixSharingBatchSampler(dataset, self._max_tokens, **options)
         except ValueError as error:
             error.add_note(
                 "In a trainer max_tokens is max_tokens_per_batch, max_length an argument of the "
                 'trainer, and the rest goes into sampler_options, as {"oversized": "skip"}'
             )
             raise
+        self._rows_name, self._rows_per_pair = self._check_rows(sampler)
+        self._counted = counted
+        return sampler
 
     @property
     def overrides(self) -> list[tuple[Any, str, Any]]:
@@ -106,11 +106,8 @@ class TokenBudget:
         """What `Trainer.get_train_dataloader` gives, over the batches of the sampler."""
         counted = _counted_in(self._trainer)
         if counted[0] is not self._counted[0] or counted[1:] != self._counted[1:]:
-            sampler = self._count(*counted)
-            self._rows_name, self._rows_per_pair = self._check_rows(sampler)
             # In place, as the handle and the callback know this one.
-            vars(self.sampler).update(vars(sampler))
-            self._counted = counted
+            vars(self.sampler).update(vars(self._count(counted)))
         self.has_dealt = True
         args = self._trainer.args
         dataset, collator = self._data()
@@ -229,7 +226,7 @@ class TokenBudget:
         return round(self.sampler.pairs_per_batch * steps)
 
 
-def _counted_in(trainer: Any) -> tuple[Any, int | None, TruncationMode]:
+def _counted_in(trainer: Any) -> _Source:
     """What the tokens of batches are counted in: data set, longest row, how rows are cut."""
     collator = trainer.data_collator
     longest = getattr(collator, "max_length", None)

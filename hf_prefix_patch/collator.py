@@ -159,11 +159,9 @@ class DataCollatorWithPrefixSharing:
         passed_on = _reference_logps(examples)
         if self.layout == "packed":
             return BatchEncoding(_packed_batch(plan, ids, completion) | passed_on)
-        mask = torch.from_numpy(real.astype(np.int64))
-        tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": mask}
-        batch: dict[str, Any] = {**attach_plan(plan, tensors)}
-        batch["completion_mask"] = torch.from_numpy(completion.astype(np.int64))
-        return batch | passed_on
+        mask, of_completion = (torch.from_numpy(x.astype(np.int64)) for x in (real, completion))
+        planned = attach_plan(plan, {"input_ids": torch.from_numpy(ids), "attention_mask": mask})
+        return {**planned, "completion_mask": of_completion, **passed_on}
 
     @staticmethod
     def wrap(collator: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,6 @@ from hf_prefix_patch.flops import DecoderShape, Flops, step_flops
 from hf_prefix_patch.options import check_counts
 from hf_prefix_patch.pair_files import read_pairs
 from hf_prefix_patch.patch import enable_prefix_sharing
-from hf_prefix_patch.preferences import CUT
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 from hf_prefix_patch.tokenization import encoded, report_cuts
 from hf_prefix_patch.workload import Attention, Head, Pairs, Way, total, work_of
@@ -177,8 +176,8 @@ def read_data_set(
     cuts: list[str | None] = []
 
     def kept() -> Iterator[dict[str, Any]]:
-        for _, record in encoded((items[i] for i in drawn), len(drawn), tokenizer, progress):
-            cuts.append(record.pop(CUT))
+        for _, record, cut in encoded((items[i] for i in drawn), len(drawn), tokenizer, progress):
+            cuts.append(cut)
             lengths.append([len(ids) for ids in record.values()])
             if lengths[-1][0] < filled:
                 yield record

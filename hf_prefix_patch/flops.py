@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +37,6 @@ from hf_prefix_patch.features import (
     sliding_window,
 )
 from hf_prefix_patch.wrappers import backbone_of
-
-if TYPE_CHECKING:
-    from hf_prefix_patch.tree import PrefixTree
 
 Window = int | None
 """Keys that a query sees at most, its own included; None for all before it."""
@@ -156,7 +153,7 @@ def step_flops(
     )
 
 
-def visible_pairs(lengths: np.ndarray, window: Window = None) -> np.ndarray:
+def visible_pairs(lengths: np.ndarray, window: Window) -> np.ndarray:
     """Pairs of a query and a key that it may see, in causal rows of these lengths."""
     n = lengths.astype(np.int64)
     if window is None:
@@ -164,17 +161,6 @@ def visible_pairs(lengths: np.ndarray, window: Window = None) -> np.ndarray:
     within: np.ndarray = np.minimum(n, window)
     pairs: np.ndarray = within * (within + 1) // 2 + (n - within) * window
     return pairs
-
-
-def row_pairs(lengths: Iterable[int], window: Window = None) -> int:
-    """Visible pairs of rows that each stand alone."""
-    return int(visible_pairs(np.fromiter(lengths, np.int64), window).sum())
-
-
-def tree_pairs(tree: PrefixTree, window: Window = None) -> int:
-    """Visible pairs of a packed row: `n` queries at the end of a path of `m` keys."""
-    paths, own = np.array(tree.path_lengths), np.array(tree.segment_lengths)
-    return int((visible_pairs(paths, window) - visible_pairs(paths - own, window)).sum())
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -24,6 +24,9 @@ from hf_prefix_patch.wrappers import backbone_of, device_of, unwrap
 
 # What `enable_prefix_sharing` raises for a model that cannot be shared.
 _REFUSALS = (NotImplementedError, RuntimeError, TypeError)
+# Why a model is not verified: as `_unverified` takes it.
+_ON_META = "its weights are on the meta device"
+_GATHERED = "its weights are sharded, and it is called by what gathers them"
 
 
 @dataclass
@@ -86,14 +89,14 @@ class Launch:
         """
         options, roles = self.options, _roles(trainer)
         name = type(trainer).__name__
-        absent = next(filter(None, (absent_weights(backbone) for backbone, _ in roles)), None)
+        on_meta = any(device_of(backbone).type == "meta" for backbone, _ in roles)
         for backbone, _ in roles:
             _forget_verification(backbone)  # now or never: later it could be on some ranks only
         try:
             handle = enable_prefix_sharing(
                 trainer,
                 backend=options.backend,
-                verify=options.verify and absent is None,
+                verify=options.verify and not on_meta,
                 on_bypass=self._on_bypass,
                 log_metrics=options.log_metrics,
                 max_tokens_per_batch=options.max_tokens_per_batch,
@@ -114,8 +117,8 @@ class Launch:
         for backbone in handle.backbones:
             role = next((role for other, role in roles if other is backbone), "another model")
             self._note(backbone, f"{role} of {name}")
-        if options.verify and absent is not None:
-            warnings.warn(_unverified(name, absent), stacklevel=3)
+        if options.verify and on_meta:
+            warnings.warn(_unverified(name, _ON_META), stacklevel=3)
 
     def sharded(self, model: nn.Module, by_module: bool) -> None:
         """Verify what waits for it in a model whose weights were sharded, before a step is taken.
@@ -169,11 +172,6 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def absent_weights(backbone: nn.Module) -> str | None:
-    """Why a model cannot be verified through what it is called by."""
-    return "its weights are on the meta device" if device_of(backbone).type == "meta" else None
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) -> None:
     """Forward pre-hook, ahead of the one that packs rows; takes the patch off if that is wrong.
@@ -183,13 +181,12 @@ def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) 
     _forget_verification(backbone)
     if patch_of(backbone) is None:  # the script has removed it
         return
-    absent = absent_weights(backbone)
-    if absent is None and is_sharded(backbone):
-        absent = "its weights are sharded, and it is called by what gathers them"
-    if absent is None:
-        _verify(backbone, backbone)
-    else:
+    on_meta = device_of(backbone).type == "meta"
+    if on_meta or is_sharded(backbone):
+        absent = _ON_META if on_meta else _GATHERED
         warn_caller(_unverified(type(backbone).__name__, absent))
+    else:
+        _verify(backbone, backbone)
 
 
 def _verify(backbone: PreTrainedModel, called: nn.Module) -> None:

@@ -64,9 +64,8 @@ def load_model(
     if adapter is not None and lora:
         raise ValueError("got an adapter and a new LoRA, but only one is trained; leave out one")
     place = _device(device)
-    common = {"trust_remote_code": trust_remote_code}
     config = load_config(source, trust_remote_code)
-    options: dict[str, Any] = {DTYPE: dtype, **common}
+    options: dict[str, Any] = {DTYPE: dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if load_in_4bit:

@@ -144,13 +144,11 @@ class _HeadCall:
         target = getattr(model, "_orig_mod", model)
         head, mine = self._head, _in_this_thread
         with _locks.setdefault(head, RLock()), ExitStack() as hooks:
-            for register in (
-                lambda: head.register_forward_pre_hook(mine(self._before_head)),
-                lambda: head.register_forward_hook(mine(self._first_after_head), prepend=True),
-                lambda: head.register_forward_hook(mine(self._last_after_head)),
-                lambda: called.register_forward_hook(mine(self._after_model)),
-            ):
-                hooks.callback(register().remove)
+            until_then = hooks.enter_context
+            until_then(head.register_forward_pre_hook(mine(self._before_head)))
+            until_then(head.register_forward_hook(mine(self._first_after_head), prepend=True))
+            until_then(head.register_forward_hook(mine(self._last_after_head)))
+            until_then(called.register_forward_hook(mine(self._after_model)))
             logps: Tensor = target(**inputs, use_cache=False)
         if self._logps is None:  # it ran in threads of its own
             raise self._no_head_call()

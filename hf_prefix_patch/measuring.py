@@ -33,19 +33,17 @@ def peak_of(call: Callable[[], Any], device: torch.device) -> int:
     what ran before; scratch memory inside PyTorch's own kernels is not in it.
     """
     gc.collect()
-    peak: int
     if device.type != "cuda":
-        with TensorMemory() as memory:
+        memory = TensorMemory()
+        with memory:
             call()
-        peak = memory.peak
-        return peak
+        return memory.peak
     _wait_for(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     _wait_for(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    return peak
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _wait_for(device: torch.device) -> None:

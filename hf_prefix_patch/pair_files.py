@@ -76,10 +76,10 @@ def read_folder(folder: Path) -> Any:
 
 def read_pairs(path: Path) -> Items:
     """Examples of a file as `read_file`, or of a folder as `read_folder`."""
-    return Rows(path, read_folder(path)) if path.is_dir() else read_file(path)
+    return _Table(path, read_folder(path)) if path.is_dir() else read_file(path)
 
 
-class Rows(Sequence[tuple[str, Any]]):
+class _Table(Sequence[tuple[str, Any]]):
     """Rows of a table; of a folder they are read when they are asked for.
 
     Args:
@@ -119,13 +119,8 @@ def _lines(path: Path) -> Items:
 
 def _begins_array(path: Path) -> bool:
     with path.open("rb") as file:
-        start = file.readline().removeprefix(b"\xef\xbb\xbf").lstrip()
-        while not start:
-            line = file.readline()
-            if not line:
-                return False
-            start = line.lstrip()
-    return start.startswith(b"[")
+        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
+        return next(filter(None, lines), b"").startswith(b"[")
 
 
 def _array(path: Path) -> Items:
@@ -154,7 +149,7 @@ def _parquet(path: Path) -> Items:
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     table = _whole(path, lambda: parquet.read_table(path), "write or download it again")
-    return Rows(path, table.to_pylist())
+    return _Table(path, table.to_pylist())
 
 
 def _whole(path: Path, read: Callable[[], Any], remedy: str) -> Any:

@@ -24,9 +24,9 @@ from hf_prefix_patch.stats import SharingStats
 from hf_prefix_patch.trainer import (
     TrainerPatch,
     check_trainer,
+    clear_trainer,
     is_trainer,
     other_models_of,
-    trainer_patch_of,
 )
 from hf_prefix_patch.wrappers import unwrap
 
@@ -101,7 +101,7 @@ class PrefixSharing:
         if shared_before:
             on_trainer.give_back()
         elif policy is not None and patch_of(policy) is self._patches[0]:
-            on_trainer.clear()
+            clear_trainer(on_trainer.trainer)
         else:  # a newer patch is none of its concern
             on_trainer.remove()
 
@@ -297,6 +297,5 @@ def disable_prefix_sharing(target: Any) -> None:
         shared += patched_stacks(module)
     for backbone in shared:  # one may come twice
         unpatch(backbone)
-    trainer_patch = None if trainer is None else trainer_patch_of(trainer)
-    if trainer_patch is not None:
-        trainer_patch.clear()
+    if trainer is not None:
+        clear_trainer(trainer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import accumulate, pairwise
@@ -126,24 +127,32 @@ class PrefixIndex:
         shared = [self.common_prefix(a, b) for a, b in pairwise(firsts)]
         tokens = _running_sum(self.unique_tokens(self.places[example]) for example in ordered)
         changes = _running_sum(prompts[a] != prompts[b] for a, b in pairwise(ordered))
-        runs = iter([*_runs(shared), (len(ordered), 0, 0)])
-        start, end, prefix = next(runs)
-        root: Group = []
-        around = [(root, len(ordered), min(shared, default=0), changes[-1] == 0)]
+        runs = defaultdict(list)
+        for start, end, prefix in _runs(shared):
+            runs[start].append((end, prefix))
+        open_groups = [_Open([], len(ordered), min(shared, default=0), changes[-1] == 0)]
         for at, example in enumerate(ordered):
-            while around[-1][1] == at:
-                around.pop()
-            while start == at:
-                outer, _, known, alike = around[-1]
-                one_prompt = changes[end - 1] == changes[start]
-                mean = (tokens[end] - tokens[start]) / (end - start)
-                if (one_prompt and not alike) or prefix - known >= _NOTABLE * mean > 0:
-                    inner: Group = []
-                    outer.append(inner)
-                    around.append((inner, end, prefix, one_prompt))
-                start, end, prefix = next(runs)
-            around[-1][0].append(example)
-        return root
+            while open_groups[-1].end == at:
+                open_groups.pop()
+            for end, prefix in runs.get(at, ()):
+                around = open_groups[-1]
+                one_prompt = changes[end - 1] == changes[at]
+                mean = (tokens[end] - tokens[at]) / (end - at)
+                gained = prefix - around.prefix
+                if (one_prompt and not around.one_prompt) or gained >= _NOTABLE * mean > 0:
+                    open_groups.append(_Open([], end, prefix, one_prompt))
+                    around.members.append(open_groups[-1].members)
+            open_groups[-1].members.append(example)
+        return open_groups[0].members
+
+
+class _Open(NamedTuple):
+    """A group that examples are being put into, up to `end`, and what all of them share."""
+
+    members: Group
+    end: int
+    prefix: int
+    one_prompt: bool
 
 
 class IndexedExamples(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,7 +21,7 @@ from hf_prefix_patch.patch import PrefixSharing, enable_prefix_sharing
 from hf_prefix_patch.plans import NOTHING_TO_GAIN, forget
 from hf_prefix_patch.support import refusal
 from hf_prefix_patch.tree import PrefixTree
-from hf_prefix_patch.verify import compute_precision
+from hf_prefix_patch.verify import compute_precision, head_chooses_logits
 from hf_prefix_patch.wrappers import backbone_of, device_of, unwrap
 
 
@@ -71,7 +70,7 @@ class Runs:
         self._options: dict[str, Any] = {"use_cache": False}
         if getattr(self._inner.config, "output_router_logits", False):
             self._options["output_router_logits"] = False  # their loss is one of the whole batch
-        self._takes_columns = _takes_columns(self._inner, self._backbone)
+        self._chooses_logits = head_chooses_logits(self._inner, self._backbone)
         self.quantity = "log-probs"
         self.after_run: Callable[[], object] = lambda: None
 
@@ -118,7 +117,7 @@ class Runs:
         )
         # Column i of the logits predicts column i + 1.
         columns = completion[:, 1:].any(0).nonzero()[:, 0]
-        kept = {"logits_to_keep": columns} if self._takes_columns else {}
+        kept = {"logits_to_keep": columns} if self._chooses_logits else {}
         returned = self._model(input_ids=ids, attention_mask=mask, **self._options, **kept)
         output = getattr(returned, "logits", None)
         if output is None:
@@ -215,13 +214,6 @@ def _rows(batch: Mapping[str, Tensor], device: torch.device) -> list[Tensor]:
     return rows
 
 
-def _takes_columns(model: nn.Module, backbone: nn.Module) -> bool:
-    """Whether a model's head makes the logits of single columns, and its stack knows nothing."""
-    stacks = model, backbone, decoder_of(backbone)  # type: ignore[arg-type]
-    head, *rest = ("logits_to_keep" in inspect.signature(x.forward).parameters for x in stacks)
-    return head and not any(rest)
-
-
 @contextmanager
 def checkpointing(model: nn.Module) -> Iterator[None]:
     """For runs with gradients: without, layers need not checkpoint, and would stay in training.
@@ -273,11 +265,8 @@ def moved_embeddings(model: nn.Module, eps: float, seed: int) -> Iterator[None]:
         return output * (1 + eps * signs.to(output))
 
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    hook = embeddings.register_forward_hook(move)
-    try:
+    with embeddings.register_forward_hook(move):
         yield
-    finally:
-        hook.remove()
 
 
 def _distance(gradient: Tensor | None, held: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The launcher's switch: its options, and what waits for transformers to be imported.
+"""The launcher's switch: its options, and what waits for modules of others to be imported.
 
 It runs when an interpreter starts, so it imports the standard library only; what happens to models
 and trainers is in `launch`.
@@ -67,17 +67,15 @@ class LaunchOptions:
             raise ValueError(
                 f"{VARIABLE}={text!r} is set, but must be {example}; unset it to do without"
             )
-        types: dict[str, Any] = dict.fromkeys(("verify", "log_metrics", "keep_groups"), bool)
-        types["max_tokens_per_batch"] = int | None
-        types["sampler_options"] = dict | None
-        names = [field.name for field in fields(cls)]
+        kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
+        kinds |= {"max_tokens_per_batch": int | None, "sampler_options": dict | None}
         for name, value in given.items():
-            if name not in names:
+            if name not in kinds:
                 raise ValueError(
-                    f"{VARIABLE} has an option {name!r}, but must have some of {names}; leave it "
-                    "out"
+                    f"{VARIABLE} has an option {name!r}, but must have some of {list(kinds)}; "
+                    "leave it out"
                 )
-            kind: Any = types.get(name, str)
+            kind = kinds[name]
             if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
                 raise ValueError(
                     f"{VARIABLE} sets {name} to {value!r}, but must set it to a value of type "

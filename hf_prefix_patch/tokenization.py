@@ -160,8 +160,8 @@ def _loop(
 ) -> tuple[list[dict[str, Any]], list[str | None]]:
     """Records of the examples within the limit, and the cuts of all."""
     records, cuts = [], []
-    for example, record in encoded(items, total, tokenizer, progress):
-        cuts.append(record.pop(CUT))
+    for example, record, cut in encoded(items, total, tokenizer, progress):
+        cuts.append(cut)
         if limit is None or len(record["prompt_ids"]) < limit:
             record |= {name: example[name] for name in REFERENCE_LOGPS if name in example}
             records.append(record)
@@ -170,13 +170,13 @@ def _loop(
 
 def encoded(
     items: Iterable[tuple[str, Any]], total: int | None, tokenizer: Any, progress: bool
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Each example, given with its place for messages, and its record as `encode` makes it."""
+) -> Iterator[tuple[Any, dict[str, Any], str | None]]:
+    """Each example, given with its place for messages, its record of `IDS`, and its `CUT`."""
     remaining = iter(items)
     with tqdm(total=total, desc=_DESCRIPTION, unit=" examples", disable=not progress) as bar:
         while batch := list(islice(remaining, _TOGETHER)):
             for (_, example), record in zip(batch, encode(batch, tokenizer), strict=True):
-                yield example, record
+                yield example, record, record.pop(CUT)
             bar.update(len(batch))
 
 

@@ -72,7 +72,7 @@ def autocast_of(trainer: Any, device: torch.device) -> AbstractContextManager[An
     return torch.autocast(device.type, dtype=dtype)
 
 
-def check_trainer(trainer: Any, keep_groups: bool = False) -> None:
+def check_trainer(trainer: Any, keep_groups: bool) -> None:
     """Refuse or point out trainer options that do not go with sharing.
 
     Raises:
@@ -164,7 +164,7 @@ class TrainerPatch:
         self._before = before = trainer_patch_of(trainer)
         if before is not None:
             before.remove()
-        self._trainer = trainer
+        self.trainer = trainer
         self.budget: TokenBudget | None = None
         try:
             grouped = GroupedMicroBatches(trainer) if keep_groups else None
@@ -189,17 +189,17 @@ class TrainerPatch:
             raise
 
     def apply(self) -> None:
-        self._old = [
-            (owner, name, owner.__dict__[name])
+        self._old = {
+            (id(owner), name): owner.__dict__[name]
             for owner, name, _ in self._new
             if name in owner.__dict__
-        ]
-        self._trainer.__dict__[_STATE] = self  # first: it is what undoes the rest
+        }
+        self.trainer.__dict__[_STATE] = self  # first: it is what undoes the rest
         try:
             for owner, name, value in self._new:
                 owner.__dict__[name] = value
             for callback in self._callbacks:
-                self._trainer.add_callback(callback)
+                self.trainer.add_callback(callback)
             self._put_in_force(True)
         except BaseException:
             self.remove()
@@ -207,35 +207,27 @@ class TrainerPatch:
 
     def remove(self) -> None:
         """Put everything back but what others have set since; removing twice is fine."""
-        if trainer_patch_of(self._trainer) is not self:
+        if trainer_patch_of(self.trainer) is not self:
             return
-        old = {(id(owner), name): value for owner, name, value in self._old}
         for owner, name, ours in self._new:
             if owner.__dict__.get(name) is not ours:
                 continue
             del owner.__dict__[name]
-            if (id(owner), name) in old:
-                owner.__dict__[name] = old[id(owner), name]
+            if (id(owner), name) in self._old:
+                owner.__dict__[name] = self._old[id(owner), name]
         # Another list: a callback may be the one that removes sharing, while the old one is read.
-        handler, ours_too = self._trainer.callback_handler, set(map(id, self._callbacks))
+        handler, ours_too = self.trainer.callback_handler, set(map(id, self._callbacks))
         handler.callbacks = [x for x in handler.callbacks if id(x) not in ours_too]
         self._put_in_force(False)
-        del self._trainer.__dict__[_STATE]
+        del self.trainer.__dict__[_STATE]
 
     def _put_in_force(self, value: bool) -> None:
         if self.budget is not None:
             self.budget.in_force = value
 
-    def clear(self) -> None:
-        """Leave nothing of sharing in the trainer, whoever enabled it."""
-        current = trainer_patch_of(self._trainer)
-        if current is not None:
-            current.remove()
-            current._say_if_training()
-
-    def _say_if_training(self) -> None:
+    def say_if_training(self) -> None:
         """The data loader of a run that has begun goes on dealing out batches by token budget."""
-        if self.budget is not None and self.budget.has_dealt and _is_training(self._trainer):
+        if self.budget is not None and self.budget.has_dealt and _is_training(self.trainer):
             warn_caller(
                 "prefix sharing was removed from a trainer that is training: until this run ends "
                 "its batches are those of max_tokens_per_batch, which may need several times their "
@@ -245,10 +237,18 @@ class TrainerPatch:
 
     def give_back(self) -> None:
         """Remove this patch, and bring back the one that it took the place of."""
-        if trainer_patch_of(self._trainer) is self:
+        if trainer_patch_of(self.trainer) is self:
             self.remove()
             if self._before is not None:
                 self._before.apply()
+
+
+def clear_trainer(trainer: Any) -> None:
+    """Leave nothing of sharing in a trainer, whoever enabled it."""
+    patch = trainer_patch_of(trainer)
+    if patch is not None:
+        patch.remove()
+        patch.say_if_training()
 
 
 def _is_training(trainer: Any) -> bool:

@@ -129,6 +129,13 @@ def verify_sharing(called: nn.Module, backbone: PreTrainedModel) -> None:
     patch.trial = Trial(decoder_of(backbone).config._attn_implementation, apart)
 
 
+def head_chooses_logits(model: nn.Module, backbone: PreTrainedModel) -> bool:
+    """Whether a model takes `logits_to_keep`, and its stack knows nothing of that."""
+    stacks = model, backbone, decoder_of(backbone)
+    head, *rest = ("logits_to_keep" in inspect.signature(x.forward).parameters for x in stacks)
+    return head and not any(rest)
+
+
 class _Calls:
     """Calls of the outermost module, of which the decoder stack's output is read.
 
@@ -145,12 +152,8 @@ class _Calls:
         self.seen: Seen | None = None
         self.name = type(backbone).__name__
         # A head gives the logits of one position where it can, as nobody looks at them.
-        stacks = unwrap(called, check=False), backbone, decoder_of(backbone)
-        accepted, *read = (
-            "logits_to_keep" in inspect.signature(x.forward).parameters for x in stacks
-        )
-        one_logit = accepted and not any(read)
-        self._options = {"logits_to_keep": 1} if one_logit else {}
+        chooses = head_chooses_logits(unwrap(called, check=False), backbone)
+        self._options = {"logits_to_keep": 1} if chooses else {}
 
     def hidden(self, ids: Tensor, **inputs: Any) -> Tensor:
         """`[R, L, H]` on the host: not every device has fp64, in which they are compared."""

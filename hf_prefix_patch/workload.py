@@ -89,7 +89,6 @@ def work_of(
     """
     members = np.fromiter(chain.from_iterable(batches), np.int64)
     counts = np.array([len(batch) for batch in batches])
-    of_pair = np.repeat(np.arange(len(batches)), counts)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     row_counts, row_starts = 2 * counts, 2 * starts
     lengths = pairs.lengths[members].reshape(-1)
@@ -100,22 +99,19 @@ def work_of(
         # Nothing stands before a first token to predict it.
         targets = pairs.lengths - np.maximum(pairs.prompts, 1)
         head_tokens = np.add.reduceat(targets[members].sum(1), starts)
-    if way == "padded":
-        full = np.add.reduceat(lengths, row_starts) == row_counts * longest
-        tokens = row_counts * longest
+    own, shared = lengths, np.zeros_like(lengths)
+    if way in ("in pairs", "across"):
+        own, shared = _in_index_order(pairs, members, counts, way)
+    cells = row_counts * longest
+    tokens = cells if way == "padded" else np.add.reduceat(own - shared, row_starts)
+    no_padding = np.add.reduceat(lengths, row_starts) == cells
 
-        def computed(window: Window) -> np.ndarray:
-            if attention == "flash":
-                return np.add.reduceat(visible_pairs(lengths, window), row_starts)
-            causal = full & ((longest <= window) if window is not None else True)
+    def computed(window: Window) -> np.ndarray:
+        if way == "padded" and attention == "sdpa":
+            causal = no_padding & (window is None or longest <= window)
             return row_counts * np.where(causal, visible_pairs(longest, window), longest**2)
-    else:
-        own, shared = _in_index_order(pairs, members, of_pair, way)
-        tokens = np.add.reduceat(own - shared, row_starts)
-
-        def computed(window: Window) -> np.ndarray:
-            added = visible_pairs(own, window) - visible_pairs(shared, window)
-            return np.add.reduceat(added, row_starts)
+        added = visible_pairs(own, window) - visible_pairs(shared, window)
+        return np.add.reduceat(added, row_starts)
 
     scores = {window: computed(window) for window in windows}
     return [
@@ -135,18 +131,17 @@ def total(works: Sequence[Work]) -> Work:
 
 
 def _in_index_order(
-    pairs: Pairs, members: np.ndarray, of_pair: np.ndarray, way: Way
+    pairs: Pairs, members: np.ndarray, counts: np.ndarray, way: Way
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each row, batch after batch, its length and the tokens that an earlier one has."""
     index = pairs.indexed.rows
     places = pairs.places[members].reshape(-1)
-    batch = np.repeat(of_pair, 2)
-    unit = np.repeat(np.arange(len(members)), 2) if way == "in pairs" else batch
+    sizes = np.ones_like(members) if way == "in pairs" else counts  # of what may share, in pairs
+    unit = np.repeat(np.arange(len(sizes)), 2 * sizes)
     order = np.lexsort((places, unit))
     places, unit = places[order], unit[order]
     own = np.asarray(index.lengths, np.int64)[places]
     shared = np.zeros_like(own)
-    if way != "packed":
-        inside = np.flatnonzero(unit[1:] == unit[:-1]) + 1
-        shared[inside] = index.common_prefixes(places[inside - 1], places[inside])
+    inside = np.flatnonzero(unit[1:] == unit[:-1]) + 1
+    shared[inside] = index.common_prefixes(places[inside - 1], places[inside])
     return own, shared

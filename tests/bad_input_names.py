@@ -107,7 +107,6 @@ def _write(name: str, text: str | bytes) -> None:
 def _model_folder() -> str:
     """A folder `model` with a tiny model and its tokenizer, and `pairs.jsonl` beside it."""
     save_tiny_model(Path("model"))
-    tiny_tokenizer().save_pretrained("model")
     pair = {"prompt": "w1 w2 ", "chosen": "w3", "rejected": "w4 w5"}
     Path("pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 4)
     return "model"

@@ -68,6 +68,13 @@ def tree_of_rows(rows: list[list[int]]) -> PrefixTree:
     return PrefixTree.from_rows(batch.input_ids, batch.attention_mask)
 
 
+def assert_same_tree(got: PrefixTree, want: PrefixTree) -> None:
+    assert vars(got).keys() >= {"source", "cell", "kv_index", "parents"}
+    for name, x in vars(want).items():
+        y = getattr(got, name)
+        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, name
+
+
 def left_padded_with_positions(vocab: int = 50) -> tuple[Batch, Tensor]:
     """A ragged batch padded on the left, where prompts begin in different columns, and positions
     `[R, L]` that count real tokens, by which they are shared all the same."""
@@ -106,6 +113,12 @@ def completion_logps(logits: Tensor, batch: Batch) -> Tensor:
     logps = logits[:, :-1].float().log_softmax(-1)
     logps = logps.gather(2, batch.input_ids[:, 1:, None])[..., 0]
     return (logps * batch.completion[:, 1:]).sum(1)
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**batch.inputs, use_cache=False).logits
+    return logits
 
 
 def documents(batch: Batch) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """The benchmarks of batches, of the data loader and of training, on tiny data and models."""
 
 import csv
-import importlib
 import json
 import os
 import random
@@ -17,24 +16,13 @@ from tiny_trl import WORDS, preference_pairs, save_tiny_model, tiny_tokenizer
 
 from hf_prefix_patch import PrefixSharingBatchSampler, tokenize_preferences
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ANSWERS = ("chosen_ids", "rejected_ids")
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """Import a module of benchmarks/."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 @pytest.fixture
 def tiny(tmp_path):
     """Folder of a tiny model and its tokenizer."""
-    folder = tmp_path / "tiny"
-    save_tiny_model(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path / "tiny")
 
 
 def write_pairs(path, examples):

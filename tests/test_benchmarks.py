@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib
 import json
 import runpy
 import sys
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batches import tree_of_rows
 from tiny_trl import build_trainer, load, preference_pairs, save_tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,13 +23,6 @@ from hf_prefix_patch.backends import varlen
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--shape", "tiny", "--threads", "1"]
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """Import a module of benchmarks/."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -99,9 +92,7 @@ def test_visible_pairs(module):
     """Against masks: each row's own, and the ancestors of each packed token."""
     decoder = module("decoder")
     rows = [[5, 6, 7, 8, 9], [5, 6, 1, 2], [5, 6, 7], [3, 4], [5, 6, 7, 8, 1, 1]]
-    ids = torch.tensor([row + [0] * (6 - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (6 - len(row)) for row in rows])
-    tree = PrefixTree.from_rows(ids, mask)
+    tree = tree_of_rows(rows)
     packed = {tuple(row[: i + 1]) for row in rows for i in range(len(row))}
     assert tree.packed_tokens == len(packed)
     seen = sum(q[: len(k)] == k for q in packed for k in packed)

@@ -21,7 +21,6 @@ from tiny_trl import (
     perturb,
     preference_pairs,
     run_dpo,
-    save_tiny_model,
     tiny_tokenizer,
 )
 from torch.utils.data import DataLoader, IterableDataset
@@ -47,11 +46,6 @@ METHODS = (
     "get_train_dataloader",
     "get_total_train_batch_size",
 )
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 class Batches(TrainerCallback):

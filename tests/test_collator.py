@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from batches import assert_same_tree
 from hypothesis import given
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding, DataCollatorForLanguageModeling
@@ -53,12 +54,6 @@ def assert_same_tensors(got, want):
     for name, x in want.items():
         assert torch.equal(got[name], x), name
         assert got[name].dtype == x.dtype, name
-
-
-def assert_same_tree(got, want):
-    for name, x in vars(want).items():
-        y = getattr(got, name)
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
 
 
 @makes_rows

@@ -28,9 +28,9 @@ from hf_prefix_patch.tree import PrefixTree
 RIGHT = attention.BACKENDS["sdpa"].attend
 
 
-def batch_of(model, pairs=2, seed=0, max_length=48):
+def batch_of(model, pairs=2, seed=0):
     """Random pairs of ragged lengths, the first two with one prompt."""
-    examples = random_pairs(model.config, pairs, max_length, seed)
+    examples = random_pairs(model.config, pairs, 48, seed)
     return DataCollatorWithPrefixSharing(pad_token_id=0)(examples)
 
 

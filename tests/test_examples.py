@@ -30,7 +30,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def run_example(monkeypatch, tmp_path):
     """Run a script of examples/ with a tiny model, in its own folder."""
     model = save_tiny_model(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(model)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -10,13 +10,13 @@ from batches import (
     assert_same_run,
     completion_logps,
     gradients,
+    logits_of,
     pad_rows,
     preference_batch,
     run,
 )
 from composites import tiny_composite
 from families import tiny_model
-from test_patch import outputs
 
 from hf_prefix_patch import PrefixTree, enable_prefix_sharing
 from hf_prefix_patch.backends.flex import tree_block_mask
@@ -87,8 +87,8 @@ def test_gradients_from_padding_go_nowhere(poison):
 # Sizes
 
 
-def parity(rows, prompts, family="llama", tokens=None, **options):
-    """Log-probs and gradients with and without sharing; packed tokens that the layers saw."""
+def parity(rows, prompts, family="llama", *, tokens, **options):
+    """Log-probs and gradients with and without sharing, which runs on so many packed tokens."""
     model = tiny_model(family)
     batch = pad_rows(rows, prompts, "right", **options)
     want = run(model, batch)
@@ -266,7 +266,7 @@ def test_what_requires_a_gradient_may_change_between_calls():
 def test_training_evaluation_and_back():
     """Flags that flip between forward and backward, too."""
     model, batch = tiny_model(), preference_batch()
-    real, want = batch.attention_mask.bool(), outputs(model, batch)
+    real, want = batch.attention_mask.bool(), logits_of(model, batch)
 
     def backward(loss):
         model.eval()

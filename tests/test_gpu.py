@@ -72,12 +72,12 @@ def skip_unless_served(name, **asked):
     return needs
 
 
-def ragged_rows(seed=0, vocab=50):
+def ragged_rows(seed=0):
     """Three prompts, the first with four responses; `[8, L]` rows of up to 400 tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n):
-        return torch.randint(3, vocab, (n,), generator=generator).tolist()
+        return torch.randint(3, 50, (n,), generator=generator).tolist()
 
     rows, lengths = [], []
     for prompt_length, responses in ((200, (90, 17, 64, 130)), (150, (3, 40)), (64, (200, 128))):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_trl_trainers import build_group
 from tiny_trainers import assert_same_training, causal_model, train
-from tiny_trl import save_tiny_model
 
 from hf_prefix_patch import enable_prefix_sharing
 from hf_prefix_patch.groups import GroupedMicroBatches, group_rows, grouping_advice
@@ -17,11 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 # Means over a micro-batch, whose mean over a step depends on which rows are together.
 BY_MICRO_BATCH = ("entropy", "kl", "low_mean", "high_mean", "region_mean", "low_min", "high_max")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def batch(*prompts):

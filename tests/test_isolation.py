@@ -10,11 +10,19 @@ from threading import Event
 
 import pytest
 import torch
-from batches import LayerTokens, assert_same_run, completion_logps, gradients, preference_batch, run
+from batches import (
+    LayerTokens,
+    assert_same_run,
+    completion_logps,
+    gradients,
+    logits_of,
+    preference_batch,
+    run,
+)
 from composites import tiny_composite
 from families import tiny_model
 from precision import TOLERANCE, in_doubles
-from test_patch import footprint, outputs
+from test_patch import footprint
 from transformers import LlamaForSequenceClassification
 
 from hf_prefix_patch import PrefixTree, SharingStats, enable_prefix_sharing
@@ -183,13 +191,13 @@ def test_inference_in_one_thread_and_training_in_another(restless):
     """One model, one plan at a time remembered, and gradients none of which is the other's."""
     model, batch, other = tiny_model(), preference_batch(), preference_batch(seed=3)
     want, real = run(model, batch), other.attention_mask.bool()
-    known, done = outputs(model, other), Event()
+    known, done = logits_of(model, other), Event()
     sharing = enable_prefix_sharing(model)
 
     def infer():
         calls = 0
         while not done.is_set() or not calls:
-            got = outputs(model, other)
+            got = logits_of(model, other)
             torch.testing.assert_close(got[real], known[real], atol=1e-5, rtol=1e-4)
             calls += 1
         return calls

@@ -1,10 +1,8 @@
 """The benchmark of log-probs counts right, runs from end to end, and writes what it says."""
 
 import csv
-import importlib
 from argparse import Namespace
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,8 @@ SMALL = ["--device", "cpu", "--threads", "1", "--vocab", "3000", "--hidden", "8"
 
 
 @pytest.fixture
-def logps(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module("logps")
+def logps(module):
+    return module("logps")
 
 
 def small_batch(logps):

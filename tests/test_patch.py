@@ -16,6 +16,7 @@ from batches import (
     assert_same_run,
     completion_logps,
     gradients,
+    logits_of,
     preference_batch,
     run,
 )
@@ -35,11 +36,6 @@ from hf_prefix_patch import (
     plans,
 )
 from hf_prefix_patch.outputs import unpack_output
-
-
-def outputs(model, batch):
-    with torch.no_grad():
-        return model(**batch.inputs, use_cache=False).logits
 
 
 def footprint(model):
@@ -78,20 +74,20 @@ def test_four_beats(how):
     """Unpatched, patched, undone: bit-equal again and nothing left, then patched once more."""
     model, batch = tiny_model(), preference_batch()
     model(**batch.inputs, output_hidden_states=True)  # transformers installs hooks of its own
-    before, want = footprint(model), outputs(model, batch)
+    before, want = footprint(model), logits_of(model, batch)
     if how == "with":
         with enable_prefix_sharing(model) as sharing:
-            outputs(model, batch)
+            logits_of(model, batch)
     else:
         sharing = enable_prefix_sharing(model)
-        outputs(model, batch)
+        logits_of(model, batch)
         sharing.remove() if how == "handle" else disable_prefix_sharing(model)
     assert sharing.stats.calls == 1
-    assert torch.equal(outputs(model, batch), want)
+    assert torch.equal(logits_of(model, batch), want)
     assert sharing.stats.calls == 1
     assert footprint(model) == before
     with enable_prefix_sharing(model) as again:
-        outputs(model, batch)
+        logits_of(model, batch)
     assert again.stats.calls == 1
 
 
@@ -127,7 +123,7 @@ def test_enabling_twice_is_enabling_once():
     before = footprint(model)
     second = enable_prefix_sharing(model, on_bypass="ignore")
     assert footprint(model) == before
-    outputs(model, batch)
+    logits_of(model, batch)
     assert first.stats is second.stats
     assert first.stats.calls == 1
     second.remove()
@@ -142,7 +138,7 @@ def test_an_old_handle_does_not_remove_a_newer_patch():
     old.remove()
     with enable_prefix_sharing(model) as new:
         old.remove()
-        outputs(model, batch)
+        logits_of(model, batch)
     assert new.stats.calls == 1
     assert "removed" in repr(new)
 
@@ -151,7 +147,7 @@ def test_a_handle_keeps_no_model_alive():
     """`sharing.stats` is read after training, when the model may be gone."""
     model, batch = tiny_model(), preference_batch()
     with enable_prefix_sharing(model) as removed:
-        outputs(model, batch)
+        logits_of(model, batch)
     active = enable_prefix_sharing(model)
     parts = model.model, model.model.layers[0], model.model.layers[0].self_attn.q_proj.weight
     alive = [weakref.ref(part) for part in parts]
@@ -182,7 +178,7 @@ def test_warnings_point_at_the_call():
 
 def test_an_exception_in_forward_leaves_the_model_usable():
     model, batch = tiny_model(), preference_batch()
-    want = outputs(model, batch)
+    want = logits_of(model, batch)
 
     def fail(*_):
         raise MemoryError("out of memory")
@@ -190,12 +186,12 @@ def test_an_exception_in_forward_leaves_the_model_usable():
     with enable_prefix_sharing(model):
         failing = model.model.layers[1].register_forward_pre_hook(fail)
         with pytest.raises(MemoryError):
-            outputs(model, batch)
+            logits_of(model, batch)
         failing.remove()
         real = batch.attention_mask.bool()
-        got = outputs(model, batch)
+        got = logits_of(model, batch)
         torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-4)
-    assert torch.equal(outputs(model, batch), want)
+    assert torch.equal(logits_of(model, batch), want)
 
 
 def test_a_deep_copy_runs_its_own_weights():
@@ -211,7 +207,7 @@ def test_a_deep_copy_runs_its_own_weights():
     disable_prefix_sharing(copied)
     assert_same_run(got, run(copied, batch))
     assert not copied.model._forward_pre_hooks
-    outputs(model, batch)
+    logits_of(model, batch)
     assert sharing.stats.calls == 1
 
 
@@ -250,7 +246,7 @@ def test_save_pretrained(tmp_path):
             tmp_path / "patched" / name
         ).read_bytes()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
-    assert torch.equal(outputs(loaded, batch), outputs(model, batch))
+    assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
 
 
 def test_a_model_built_from_the_config_is_unpatched():
@@ -270,7 +266,7 @@ def test_reference_forward_between_forward_and_backward():
     def interleaved():
         model.zero_grad()
         loss = model(**batch.inputs).logits[batch.completion.bool()].logsumexp(-1).sum()
-        outputs(model, other)
+        logits_of(model, other)
         loss.backward()
         return [p.grad.clone() for p in model.parameters()]
 
@@ -294,12 +290,12 @@ def test_stacked_hidden_states_come_back_as_rows():
 def test_two_models_do_not_touch_each_other():
     model, other, batch = tiny_model(), tiny_model("qwen3"), preference_batch()
     with enable_prefix_sharing(model) as sharing:
-        want = outputs(other, batch)
+        want = logits_of(other, batch)
         with enable_prefix_sharing(other) as other_sharing:
-            outputs(other, batch)
-            outputs(model, batch)
-        assert torch.equal(outputs(other, batch), want)
-        outputs(model, batch)
+            logits_of(other, batch)
+            logits_of(model, batch)
+        assert torch.equal(logits_of(other, batch), want)
+        logits_of(model, batch)
     assert (sharing.stats.calls, other_sharing.stats.calls) == (2, 1)
 
 
@@ -308,7 +304,7 @@ def test_a_plan_made_in_inference_mode_serves_training():
     want = run(model, batch)
     with enable_prefix_sharing(model) as sharing:
         with torch.inference_mode():
-            outputs(model, preference_batch())
+            logits_of(model, preference_batch())
         got = run(model, batch)
     assert_same_run(got, want)
     assert sharing.stats.calls == 2
@@ -318,11 +314,11 @@ def test_threads():
     """Two models at once, each with batches of its own: no plan goes to the wrong one."""
     models = [tiny_model(), tiny_model("qwen3")]
     batches = [[preference_batch(seed=i + 10 * j) for i in range(6)] for j in range(2)]
-    wants = [[outputs(m, b) for b in bs] for m, bs in zip(models, batches, strict=True)]
+    wants = [[logits_of(m, b) for b in bs] for m, bs in zip(models, batches, strict=True)]
 
     def work(j):
         for i in list(range(6)) * 5:
-            got, real = outputs(models[j], batches[j][i]), batches[j][i].attention_mask.bool()
+            got, real = logits_of(models[j], batches[j][i]), batches[j][i].attention_mask.bool()
             torch.testing.assert_close(got[real], wants[j][i][real], atol=1e-5, rtol=1e-4)
 
     handles = [enable_prefix_sharing(model) for model in models]
@@ -338,21 +334,21 @@ def test_the_plan_is_remembered_for_equal_rows_only(monkeypatch):
     model, batch = tiny_model(), preference_batch()
     other = preference_batch(seed=1)
     with enable_prefix_sharing(model, verify=False) as sharing:
-        outputs(model, batch)
-        got = outputs(model, batch)
+        logits_of(model, batch)
+        got = logits_of(model, batch)
         assert len(grown) == 1
         batch.input_ids.data.copy_(other.input_ids)  # leaves no mark on the tensor
-        changed = outputs(model, batch)
+        changed = logits_of(model, batch)
         assert len(grown) == 2
-        outputs(model, other)
+        logits_of(model, other)
         assert len(grown) == 2
         with torch.inference_mode():
-            outputs(model, preference_batch())
+            logits_of(model, preference_batch())
         assert len(grown) == 3
     assert sharing.stats.calls == 5
     assert not torch.equal(got, changed)
     real = batch.attention_mask.bool()
-    torch.testing.assert_close(changed[real], outputs(model, other)[real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(changed[real], logits_of(model, other)[real], atol=1e-5, rtol=1e-4)
     assert plans._last is None
 
 
@@ -360,10 +356,10 @@ def test_the_config_stays_live():
     """What a user changes in the config after enabling counts, as it does without sharing."""
     model, batch = tiny_model("mistral-window"), preference_batch()
     with enable_prefix_sharing(model) as sharing:
-        before = outputs(model, batch)
+        before = logits_of(model, batch)
         model.config.sliding_window = None
-        got = outputs(model, batch)
-    want = outputs(model, batch)
+        got = logits_of(model, batch)
+    want = logits_of(model, batch)
     real = batch.attention_mask.bool()
     torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(before[real], want[real], atol=1e-2)
@@ -380,9 +376,9 @@ def test_wrappers_are_seen_through():
             return self.module(**inputs)
 
     model, batch = tiny_model(), preference_batch()
-    real, want = batch.attention_mask.bool(), outputs(model, batch)
+    real, want = batch.attention_mask.bool(), logits_of(model, batch)
     with enable_prefix_sharing(Wrapper(torch.compile(model, backend="eager"))) as sharing:
-        torch.testing.assert_close(outputs(model, batch)[real], want[real], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits_of(model, batch)[real], want[real], atol=1e-5, rtol=1e-4)
     assert sharing.stats.calls == 1
     inner = model.model
     model.model = torch.compile(inner, backend="eager")
@@ -391,7 +387,7 @@ def test_wrappers_are_seen_through():
     assert not inner._forward_pre_hooks
     model.model = inner
     with enable_prefix_sharing(model.model) as sharing:  # the decoder stack itself
-        outputs(model, batch)
+        logits_of(model, batch)
     assert sharing.stats.calls == 1
 
 
@@ -413,8 +409,8 @@ def test_stats():
     model, batch = tiny_model(), preference_batch()
     with enable_prefix_sharing(model) as sharing:
         assert sharing.stats.sharing_ratio == 1.0
-        outputs(model, batch)
-        outputs(model, batch)
+        logits_of(model, batch)
+        logits_of(model, batch)
     stats = sharing.stats
     assert stats.padded_tokens == 2 * batch.input_ids.numel()
     assert stats.row_tokens == 2 * int(batch.attention_mask.sum())

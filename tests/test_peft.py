@@ -7,6 +7,7 @@ from batches import (
     assert_same_run,
     completion_logps,
     gradients,
+    logits_of,
     preference_batch,
     run,
 )
@@ -65,11 +66,6 @@ def wrap(model, config):
 
 def lora_model(**options):
     return wrap(tiny_model(), lora_config(**options))
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch.inputs, use_cache=False).logits
 
 
 @pytest.mark.parametrize("order", ["wrap-then-enable", "enable-then-wrap"])

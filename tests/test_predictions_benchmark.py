@@ -1,20 +1,16 @@
 """The benchmark of predictions, on a tiny model: every mode runs on the tokens that are counted."""
 
 import csv
-import importlib
 import json
 from pathlib import Path
 
 import pytest
-from tiny_trl import preference_pairs, save_tiny_model, tiny_tokenizer
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tiny_trl import preference_pairs, save_tiny_model
 
 
 @pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("predictions")
+def predictions(module):
+    return module("predictions")
 
 
 @pytest.fixture
@@ -22,7 +18,6 @@ def given(tmp_path, monkeypatch):
     """Options that stand for tiny data and models."""
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
     Path("talk.jsonl").write_text("\n".join(map(json.dumps, preference_pairs(12))))
     options = ["--data", "talk.jsonl", "--model", "tiny", "--shape", "tiny", "--vocab", "512"]
     sizes = ["--pairs", "3", "--decoder-pairs", "2", "--batches", "2", "--repeats", "1"]
@@ -30,13 +25,13 @@ def given(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's options have new names
-def test_predictions(module, given):
-    module.main(given)
+def test_predictions(predictions, given):
+    predictions.main(given)
     (path,) = Path("out").glob("*.csv")
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["model"] for line in lines] == ["tiny"] * 8
-    assert [line["what"] for line in lines] == list(module.GAINS) * 2
+    assert [line["what"] for line in lines] == list(predictions.GAINS) * 2
     for line in lines:
         predicted, measured, tokens = (
             float(line[x]) for x in ("predicted", "measured", "token ratio")
@@ -49,8 +44,8 @@ def test_predictions(module, given):
         assert both == pytest.approx(padding * across)
 
 
-def test_other_tokens_than_are_counted_are_an_error(module):
-    pairs = module.Pairs.of([{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}])
-    module.check_tokens("across", 4, pairs, [0])
+def test_other_tokens_than_are_counted_are_an_error(predictions):
+    pairs = predictions.Pairs.of([{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}])
+    predictions.check_tokens("across", 4, pairs, [0])
     with pytest.raises(RuntimeError, match="across: the decoder ran on 5 tokens, not on 4"):
-        module.check_tokens("across", 5, pairs, [0])
+        predictions.check_tokens("across", 5, pairs, [0])

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
+from batches import tree_of_rows
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.prefix_index import PrefixIndex, read_index
 
 ROW = st.lists(st.integers(0, 2), max_size=7)
@@ -20,12 +19,7 @@ def index_of(examples):
 
 def packed_tokens(rows):
     """Of the right-padded rows, by `PrefixTree`; it takes no batch without a token."""
-    length = max(map(len, rows), default=0)
-    if length == 0:
-        return 0
-    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    return PrefixTree.from_rows(ids, mask).packed_tokens
+    return tree_of_rows(rows).packed_tokens if any(map(len, rows)) else 0
 
 
 @given(EXAMPLES, st.data())

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from batches import Batch, LayerTokens, assert_same_run, run
+from batches import Batch, LayerTokens, assert_same_run, assert_same_tree, run
 from families import tiny_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -160,13 +160,6 @@ def test_containers_and_types_do_not_matter(rows: Rows, data: st.DataObject) -> 
     given_positions = columns if positions is None else positions
     beyond = given_positions.max() > given_positions[mask.bool()].max()
     assert plan.padded_beyond == bool(beyond)
-
-
-def assert_same_tree(got: PrefixTree, want: PrefixTree) -> None:
-    assert vars(got).keys() >= {"source", "cell", "kv_index", "parents"}
-    for name, x in vars(want).items():
-        y = getattr(got, name)
-        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, name
 
 
 @given(any_rows(), st.sampled_from([None, 1, 3]))

@@ -5,16 +5,15 @@ from collections import Counter
 from itertools import combinations
 from statistics import mean
 
-import numpy as np
 import pytest
 from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+from batches import tree_of_rows
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.columns import rows_of
 from hf_prefix_patch.sampler import PrefixSharingBatchSampler as Sampler
 
@@ -47,11 +46,7 @@ def prompts_of(batch, pairs):
 def packed_tokens(examples, *cut):
     """Of the right-padded rows, by `PrefixTree`."""
     rows = [row.ids for example in examples for row in rows_of(example, *cut)]
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    mask = np.zeros_like(ids)
-    for r, row in enumerate(rows):
-        ids[r, : len(row)], mask[r, : len(row)] = row, 1
-    return PrefixTree.from_rows(ids, mask).packed_tokens
+    return tree_of_rows(rows).packed_tokens
 
 
 def epochs(sampler, count):

@@ -50,8 +50,8 @@ def text(prompt="w1 w2 ", chosen="w3", rejected="w4 w5"):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def talk(prompt="w1 w2", chosen="w3", rejected="w4 w5", **more):
-    answers = {"chosen": [say("assistant", chosen)], "rejected": [say("assistant", rejected)]}
+def talk(prompt="w1 w2", chosen="w3", **more):
+    answers = {"chosen": [say("assistant", chosen)], "rejected": [say("assistant", "w4 w5")]}
     return {"prompt": [say("user", prompt)], **answers, **more}
 
 

@@ -12,6 +12,7 @@ from tiny_trl import (
     assert_same_reference,
     build_trainer,
     load,
+    load_moved,
     lora_config,
     perturb,
     run_dpo,
@@ -311,15 +312,10 @@ def test_reference_by_a_named_adapter(llama, tmp_path, sharing):
 def test_reference_by_a_second_model(llama, tmp_path, lora):
     """The trainer form patches both models, and takes the patch off both."""
 
-    def second():
-        model = load(llama)
-        perturb(model, 0.1)
-        return model
-
     options = {"force_use_ref_model": True} if hasattr(DPOConfig, "force_use_ref_model") else {}
     options |= {"lora": lora}
-    want = run_dpo(load(llama), tmp_path, ref_model=second(), **options)
-    got = run_dpo(load(llama), tmp_path, ref_model=second(), sharing="trainer", **options)
+    want = run_dpo(load(llama), tmp_path, ref_model=load_moved(llama), **options)
+    got = run_dpo(load(llama), tmp_path, ref_model=load_moved(llama), sharing="trainer", **options)
     other = run_dpo(load(llama), tmp_path, lora=lora)
     assert want.log[0]["rewards/chosen"] != other.log[0]["rewards/chosen"]
     assert_same_log(got.log, want.log)

@@ -25,7 +25,7 @@ from tiny_trainers import (
     teacher_model,
     train,
 )
-from tiny_trl import preference_pairs, save_tiny_model, tiny_tokenizer
+from tiny_trl import preference_pairs, tiny_tokenizer
 from torch.nn import functional as F
 
 from hf_prefix_patch import (
@@ -76,11 +76,6 @@ PAIRED = {
         {"loss_type": "tpo-l", "beta": 2.0, "tpo_alpha": 0.0},
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def model_for(name, path):
@@ -412,11 +407,11 @@ def dialogues(count, seed=0):
     return Dataset.from_list([{"messages": x["prompt"] + x["chosen"]} for x in data])
 
 
-def single_turns(words=30, **columns):
+def single_turns(**columns):
     """Prompts alone, with further columns of one value each."""
 
     def data(count, seed):
-        turns = prompts(count, words, seed=seed)
+        turns = prompts(count, 30, seed=seed)
         for name, value in columns.items():
             turns = turns.add_column(name, [value] * count)
         return turns

@@ -44,7 +44,6 @@ def folder(tmp_path_factory):
     """A tiny model with its tokenizer, and pairs beside it."""
     path = tmp_path_factory.mktemp("model")
     save_tiny_model(path, hidden_size=64, head_dim=16, intermediate_size=128)
-    tiny_tokenizer().save_pretrained(path)
     (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, preference_pairs())))
     return path
 

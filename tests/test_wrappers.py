@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from batches import LayerTokens, assert_same_run, completion_logps, preference_batch, run
 from families import tiny_model
 from peft import get_peft_model
-from tiny_trl import lora_config, perturb, preference_pairs, save_tiny_model, tiny_tokenizer
+from tiny_trl import lora_config, perturb, preference_pairs, save_tiny_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -371,7 +371,6 @@ def test_accelerate_configs(config):
 def test_accelerate_launch(tmp_path):
     """The example on two processes, as docs/distributed.md says where there is no GPU."""
     model = save_tiny_model(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(model)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(map(json.dumps, preference_pairs())))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]

@@ -120,10 +120,11 @@ def preference_pairs(pairs: int = 12, seed: int = 0) -> Dataset:
 
 
 def save_tiny_model(directory: Path, family: str = "llama", **changes: Any) -> str:
-    """Write a tiny model where TRL can load its reference model from; returns the path."""
+    """Write a tiny model and its tokenizer where TRL can load them from; returns the path."""
     vocab = len(SPECIAL_TOKENS) + len(WORDS)
     model = tiny_model(family, vocab_size=vocab, max_position_embeddings=128, **changes)
-    model.save_pretrained(directory)
+    for part in (model, tiny_tokenizer()):
+        part.save_pretrained(directory)
     return str(directory)
 
 
@@ -134,6 +135,13 @@ def lora_config() -> LoraConfig:
 
 def load(path: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+def load_moved(path: str) -> PreTrainedModel:
+    """With other weights than those in the folder, the same at every call."""
+    model = load(path)
+    perturb(model, 0.1)
+    return model
 
 
 def dpo_config(output_dir: Path, **options: Any) -> DPOConfig:

@@ -192,13 +192,11 @@ def _code_of_refusal(model: Any, backend: str) -> int:
 def _read_pairs(arguments: argparse.Namespace, limit: int) -> list[dict[str, Any]]:
     from hf_prefix_patch.loading import load_tokenizer
     from hf_prefix_patch.pair_files import read_pairs
-    from hf_prefix_patch.preferences import CUT
     from hf_prefix_patch.tokenization import encoded, report_cuts
 
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, arguments.trust_remote_code)
     items, pairs, cuts, skipped = read_pairs(Path(arguments.data)), [], [], 0
-    for _, record in encoded(items, len(items), tokenizer, progress=sys.stderr.isatty()):
-        cut = record.pop(CUT)
+    for _, record, cut in encoded(items, len(items), tokenizer, progress=sys.stderr.isatty()):
         if len(record["prompt_ids"]) >= limit:
             skipped += 1
             continue
