@@ -305,14 +305,21 @@ def _plan_rows(
         plan, times = recall_plan([shown.tell_apart(ids), *rows[1:]]), shown.times
     else:
         plan = plan_of(inputs) or recall_plan(rows)
-    if plan.reason is None and not boundaries_agree(inputs, plan):
-        plan = Plan(None, "boundaries of documents that are not those of position_ids")
-    config = decoder.config
-    if plan.reason is None and rope_depends_on_length(config) and plan.padded_beyond:
-        plan = Plan(None, "rotary frequencies that depend on padding")
-    if plan.reason is None and patch.sees_padding and plan.padded_before:
-        plan = Plan(None, "recurrent layers with a bias that is added to padding before a row")
-    return plan, times
+    misfit = None if plan.reason is not None else _misfit(patch, decoder, inputs, plan)
+    return (plan if misfit is None else Plan(None, misfit)), times
+
+
+def _misfit(
+    patch: BackbonePatch, decoder: PreTrainedModel, inputs: dict[str, Any], plan: Plan
+) -> str | None:
+    """Why rows with this plan must run as they are all the same; None if they need not."""
+    if not boundaries_agree(inputs, plan):
+        return "boundaries of documents that are not those of position_ids"
+    if rope_depends_on_length(decoder.config) and plan.padded_beyond:
+        return "rotary frequencies that depend on padding"
+    if patch.sees_padding and plan.padded_before:
+        return "recurrent layers with a bias that is added to padding before a row"
+    return None
 
 
 @untraced

@@ -121,7 +121,8 @@ def test_every_reason_is_reached() -> None:
 def reasons() -> set[str]:
     """All that the package gives: returned, or in a plan without a tree."""
     found = []
-    functions = {"adapter_reason", "bypass_reason", "_reason_of_several", "outdated", "unreadable"}
+    functions = {"adapter_reason", "bypass_reason", "outdated", "unreadable"}
+    functions |= {"_misfit", "_reason_of_several"}
     for name in ("adapters", "bypass", "composite", "config_views", "documents", "hooks", "plans"):
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if name != "composite" and isinstance(node, ast.FunctionDef):
