@@ -274,7 +274,7 @@ def _finite(name: str, values: list[Any]) -> Tensor:
                 f"{name} of example {i} of the batch is {x!r}, but must be a finite number; "
                 "compute the reference log-probs again, or drop the column"
             )
-    return torch.tensor(values)
+    return torch.tensor(values, device="cpu")
 
 
 def _plannable(x: Any) -> bool:
@@ -304,6 +304,6 @@ def _packed_batch(plan: Plan, ids: np.ndarray, completion: np.ndarray) -> dict[s
     planned["input_ids"] = planned["input_ids"].as_packed_row()
     return {
         **(call | planned),
-        "attention_mask": torch.zeros(EMPTY_MASK),
+        "attention_mask": torch.zeros(EMPTY_MASK, device="cpu"),
         **{name: torch.from_numpy(x) for name, x in arrays.items()},
     }

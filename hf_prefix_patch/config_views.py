@@ -22,7 +22,7 @@ class _SharedAttentionConfig:
     """A model's config as its attention modules see it: another attention function, all else live.
 
     The model's own config stays as the user set it: saving, mask creation and models built from it
-    never see a difference.
+    never see a difference. What is written to a view is written to that config.
 
     Attributes:
         prefix_sharing_original: the model's config.
@@ -40,6 +40,12 @@ class _SharedAttentionConfig:
         if name.startswith(("prefix_sharing", "__")):  # before __init__: copying
             raise AttributeError(name)
         return getattr(self.prefix_sharing_original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("prefix_sharing"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.prefix_sharing_original, name, value)
 
 
 class Views:

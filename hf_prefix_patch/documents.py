@@ -80,7 +80,7 @@ def boundaries_agree(inputs: dict[str, Any], plan: Plan) -> bool:
         return False
     ids: Tensor = inputs["input_ids"]
     starts = range(0, ids.numel(), ids.shape[1]) if plan.documents is None else plan.documents
-    ends = torch.tensor([*starts, ids.numel()])
+    ends = torch.tensor([*starts, ids.numel()], device="cpu")
     numbers: Tensor | None = told.pop("seq_idx", None)  # of each token's document
     if numbers is not None:
         if numbers.shape != ids.shape:

@@ -24,6 +24,7 @@ from hf_prefix_patch.wrappers import backbone_of, called_module, unwrap
 _NOT_FOR_THE_MODEL = {"completion_mask", "labels", *LOSS_INPUTS, *REFERENCE_LOGPS}
 _COMPARED = 4  # hidden states whose logits are held against the model's own, once a head
 _AMPLIFIED = 1e3  # and once more so much larger, where a soft cap shows
+_COMPILED = "_compiled_call_impl"
 _TOKENS_AT_ONCE = 128  # for heads that are not a plain linear layer
 
 
@@ -52,8 +53,8 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Any], per_token: bool
             was made to give its head a part of the hidden states (`logits_to_keep`).
         RuntimeError: a packed batch for a model that is not patched, or a model that did not call
             its LM head.
-        NotImplementedError: a model that changes its logits after the LM head in another way than
-            its config is known to tell.
+        NotImplementedError: a model, or a hook, that changes logits after the LM head in another way
+            than the model's config is known to tell.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -140,10 +141,14 @@ class _HeadCall:
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         called, self._cells = called_module(model), inputs["input_ids"].numel()
+        head, mine = self._head, _in_this_thread
+        self._state = self._options, tuple(head._forward_hooks), tuple(called._forward_hooks)
         # Compiled code was made without the hooks; the layers inside may well be compiled.
         target = getattr(model, "_orig_mod", model)
-        head, mine = self._head, _in_this_thread
         with _locks.setdefault(head, RLock()), ExitStack() as hooks:
+            for module in _compiled_around(head, target):
+                hooks.callback(setattr, module, _COMPILED, getattr(module, _COMPILED))
+                setattr(module, _COMPILED, None)
             until_then = hooks.enter_context
             until_then(head.register_forward_pre_hook(mine(self._before_head)))
             until_then(head.register_forward_hook(mine(self._first_after_head), prepend=True))
@@ -174,17 +179,18 @@ class _HeadCall:
 
     @property
     def _unknown(self) -> bool:
-        """Whether the head's logits have not been compared with the model's."""
-        return _compared.get(self._head) != self._options
+        """Whether the head's logits have not been compared with the model's, as hooks make them
+        now."""
+        return _compared.get(self._head) != self._state
 
     def _first_after_head(self, head: nn.Module, args: Any, output: Tensor) -> Tensor:
         assert self._logps is not None
+        self._raw = output.detach()
         return board(output, self._logps, self._seat)
 
     def _last_after_head(self, head: nn.Module, args: Any, output: Tensor) -> None:
         assert self._logps is not None
         self._logps = alight(output, self._logps, self._seat)
-        self._raw = output.detach()
 
     def _after_model(self, called: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         if self._logps is None or self._raw is None:
@@ -192,7 +198,7 @@ class _HeadCall:
         if self._unknown:
             logits = output[0] if isinstance(output, tuple) else output.logits
             self._compare(logits.detach().cpu(), self._raw.cpu())
-            _compared[self._head] = self._options
+            _compared[self._head] = self._state
         return self._logps
 
     def _no_head_call(self) -> RuntimeError:
@@ -210,10 +216,11 @@ class _HeadCall:
         # Each token by its own largest logit: rounding in the dtype of the head.
         size = known.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
         error = ((logits.double() - known).abs() / size).masked_fill(~finite, 0.0).max().item()
-        if not error <= 8 * torch.finfo(raw.dtype).eps:
+        eps = max(torch.finfo(x.dtype).eps for x in (raw, logits))  # hooks and wrappers may cast
+        if not error <= 8 * eps:
             raise NotImplementedError(
                 f"{self._name} changes its logits after the LM head in another way than its config "
-                f"is known to tell (they differ by {error:.1e} of the largest from factor {scale}, "
+                f"is known to tell, or a hook does (they differ by {error:.1e} of the largest from factor {scale}, "
                 f"soft cap {softcap}); take log-probs from its logits"
             )
 
@@ -224,7 +231,13 @@ def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: hook(*args) if get_ident() == thread else None
 
 
-_compared: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
+def _compiled_around(head: nn.Module, target: nn.Module) -> list[nn.Module]:
+    """Modules that the head is in and that were compiled in place (`model.compile()`)."""
+    compiled = (x for x in target.modules() if getattr(x, _COMPILED, None) is not None)
+    return [module for module in compiled if head in module.modules()]
+
+
+_compared: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # two threads may run one model
 
 

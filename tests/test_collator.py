@@ -142,6 +142,16 @@ def test_reference_logps_in_a_packed_batch():
     assert batch["ref_rejected_logps"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_batches_are_made_on_the_host(layout):
+    """Whatever the default device of the program."""
+    examples = [pair | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for pair in PAIRS]
+    with torch.device("meta"):
+        batch = DataCollatorWithPrefixSharing(pad_token_id=0, layout=layout)(examples)
+    tensors = [x for x in batch.values() if isinstance(x, torch.Tensor)]
+    assert {x.device.type for x in tensors} == {"cpu"}
+
+
 def test_a_packed_batch_needs_no_padding():
     want = DataCollatorWithPrefixSharing(pad_token_id=0, layout="packed")(PAIRS)
     got = DataCollatorWithPrefixSharing(pad_token_id=None, layout="packed")(PAIRS)

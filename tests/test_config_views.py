@@ -225,3 +225,32 @@ def test_a_window_that_is_set_later():
     assert_same_run(unshared, want)
     assert_same_run(shared, want)
     assert sharing.stats.calls == 1
+
+
+def test_what_is_written_to_the_config_of_an_attention_module():
+    """It is the model's own, with sharing and without: bypassed, then as if set on the model."""
+    model, batch = tiny_model("mistral-window"), long_batch()
+    with enable_prefix_sharing(model, on_bypass="ignore") as sharing:
+        model.model.layers[0].self_attn.config.sliding_window = 7
+        assert model.config.sliding_window == 7
+        shared = run(model, batch)
+        bypassed = run(model, batch, use_cache=True)
+        model.model.layers[1].self_attn.config._attn_implementation = "eager"
+        assert model.config._attn_implementation == "eager"
+        in_eager = run(model, batch)
+    assert (sharing.stats.calls, sharing.stats.bypassed.total()) == (2, 1)
+    want = run(model, batch)
+    for got in (shared, bypassed, in_eager):
+        assert_same_run(got, want)
+
+
+def test_a_window_that_no_layer_has():
+    """A name left over in a config, which transformers does not read there."""
+    model, batch = tiny_model(sliding_window=4096), preference_batch()
+    with pytest.raises(NotImplementedError, match="set sliding_window=None there if no layer has"):
+        enable_prefix_sharing(model)
+    model.config.sliding_window = None
+    with enable_prefix_sharing(model) as sharing:
+        got = run(model, batch)
+    assert sharing.stats.calls == 1
+    assert_same_run(got, run(model, batch))

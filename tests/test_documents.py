@@ -400,6 +400,15 @@ def test_boundaries_that_are_given_along(one_document):
         assert not seen[0].keys() & boundaries(batch).keys()
 
 
+def test_boundaries_under_another_default_device():
+    """Programs set it to where models are to be made; rows and boundaries are where they are."""
+    model, batch = tiny_model(), preference_batch()
+    inputs = documents(batch) | boundaries(batch)
+    with torch.no_grad(), enable_prefix_sharing(model) as sharing, torch.device("meta"):
+        model(**inputs, use_cache=False)
+    assert (sharing.stats.calls, sharing.stats.bypassed.total()) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

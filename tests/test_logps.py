@@ -126,10 +126,11 @@ def test_single_tokens(layout):
 def test_prompts_never_meet_the_head(layout, tokens, monkeypatch):
     model = tiny_model()
     with enable_prefix_sharing(model):
-        completion_logps(model, collate(layout))  # once more than its logits: see below
-        counts = HeadTokens(monkeypatch).counts
         logits = []
         model.lm_head.register_forward_hook(lambda *args: logits.append(args[2].shape))
+        completion_logps(model, collate(layout))  # once more than its logits: see below
+        counts = HeadTokens(monkeypatch).counts
+        logits.clear()
         with torch.no_grad():
             completion_logps(model, collate(layout))
     assert counts == [tokens]
@@ -269,6 +270,39 @@ def test_logits_that_the_config_does_not_tell_of(layout):
             NotImplementedError, match=r"changes its logits after the LM head .* log"
         ):
             completion_logps(model, collate(layout))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("options", [{}, {"prepend": True}])
+@pytest.mark.parametrize("whole", [False, True])
+def test_hooks_that_change_logits(whole, options, earlier):
+    """Registered before the first call or after it, on the head or on the model."""
+    model = tiny_model()
+    if earlier:
+        completion_logps(model, collate("rows"))
+
+    def cooled(module, args, output):
+        if not whole:
+            return output / 0.5
+        output.logits = output.logits / 0.5
+        return output
+
+    hook = (model if whole else model.lm_head).register_forward_hook(cooled, **options)
+    with pytest.raises(NotImplementedError, match=r"changes its logits .* or a hook does"):
+        completion_logps(model, collate("rows"))
+    hook.remove()
+    got = completion_logps(model, collate("rows"))
+    torch.testing.assert_close(got.double(), full_logps(model)[0], atol=2e-5, rtol=2e-5)
+
+
+def test_hooks_that_look_or_cast():
+    model = tiny_model()
+    want, seen = full_logps(model)[0], []
+    model.lm_head.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    model.lm_head.register_forward_hook(lambda module, args, output: output.bfloat16())
+    got = completion_logps(model, collate("rows"))
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=2e-5)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -421,3 +455,29 @@ def test_a_compiled_model_runs_its_own_code(layout):
     with enable_prefix_sharing(compiled):
         got = completion_logps(compiled, collate(layout))
     torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_that_was_compiled_in_place(layout, wrapped):
+    """And has run; it is compiled again afterwards, its layers are all the time."""
+    model = tiny_model()
+    called = get_peft_model(model, LoraConfig(r=2)) if wrapped else model
+    want = full_logps(model)[0]
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    model.compile(backend=backend)
+    model.model.layers[0].compile(backend="eager")
+    before = model._compiled_call_impl, model.model.layers[0]._compiled_call_impl
+    with torch.no_grad():
+        called(input_ids=collate("rows")["input_ids"], use_cache=False)
+    assert compiled
+    with enable_prefix_sharing(called):
+        got = completion_logps(called, collate(layout))
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=2e-5)
+    assert before == (model._compiled_call_impl, model.model.layers[0]._compiled_call_impl)
