@@ -53,8 +53,8 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Any], per_token: bool
             was made to give its head a part of the hidden states (`logits_to_keep`).
         RuntimeError: a packed batch for a model that is not patched, or a model that did not call
             its LM head.
-        NotImplementedError: a model, or a hook, that changes logits after the LM head in another way
-            than the model's config is known to tell.
+        NotImplementedError: a model or a hook that changes logits after the LM head in another way
+            than the config is known to tell.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -220,8 +220,8 @@ class _HeadCall:
         if not error <= 8 * eps:
             raise NotImplementedError(
                 f"{self._name} changes its logits after the LM head in another way than its config "
-                f"is known to tell, or a hook does (they differ by {error:.1e} of the largest from factor {scale}, "
-                f"soft cap {softcap}); take log-probs from its logits"
+                f"is known to tell, or a hook does (they differ by {error:.1e} of the largest from "
+                f"factor {scale}, soft cap {softcap}); take log-probs from its logits"
             )
 
 
