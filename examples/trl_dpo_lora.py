@@ -82,7 +82,7 @@ def main() -> None:
     parser = arguments("DPO with TRL and LoRA, prompts shared")
     parser.add_argument("--no-sharing", action="store_true")
     args = parser.parse_args()
-    _, sharing = train(
+    trainer, sharing = train(
         args.model or smollm2_path(),
         args.data,
         args.output,
@@ -91,6 +91,7 @@ def main() -> None:
         not args.no_sharing,
     )
     print(f"adapter saved to {args.output}; {sharing or 'not shared'}")
+    trainer.accelerator.end_training()  # leaves the process group, if there is one
 
 
 if __name__ == "__main__":

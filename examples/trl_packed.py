@@ -68,6 +68,7 @@ def main() -> None:
         f"{args.pairs_per_batch} without\n"
         f"adapter saved to {args.output}; {sharing}"
     )
+    trainer.accelerator.end_training()  # leaves the process group, if there is one
 
 
 if __name__ == "__main__":
