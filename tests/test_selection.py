@@ -111,7 +111,11 @@ def test_flash_attention_switched_off(ampere):
     assert chosen.backend is SDPA
     assert "switched off" in chosen.passed_over["torch_varlen"]
     ampere.setattr(versions, "VARLEN_IS_SWITCHED_WITH_SDPA", False)
-    assert selection.select("auto", off, "Model").backend is TORCH_VARLEN
+    chosen = selection.select("auto", off, "Model")
+    assert chosen.backend is TORCH_VARLEN
+    assert chosen.passed_over["sdpa"] == "torch_varlen comes first"
+    named = selection.select("sdpa", off, "Model")
+    assert named.passed_over["torch_varlen"] == "sdpa was asked for"
 
 
 @pytest.mark.parametrize(
