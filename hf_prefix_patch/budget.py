@@ -24,7 +24,6 @@ from hf_prefix_patch.wrappers import called_module
 
 _BY_DEFAULT = "random"
 _STOCK = ("transformers.", "trl.", "peft.")  # whose losses divide by what they are handed
-_Source = tuple[Any, int | None, TruncationMode]
 _COUNTED = 3  # examples whose tokens are counted in the trainer's batches too
 
 
@@ -61,13 +60,16 @@ class TokenBudget:
         self._trainer, self._max_tokens, self._options = trainer, max_tokens, dict(options)
         self._said = False
         self.has_dealt = False
-        self.sampler = self._count(_counted_in(trainer))
+        self._counted = _counted_in(trainer)
+        self.sampler = self._count(*self._counted)
         self.callback = SetEpoch(self.sampler)
         self._compute_loss, self._training_step = trainer.compute_loss, trainer.training_step
         self._gather = trainer.accelerator.gather
 
-    def _count(self, counted: _Source) -> PrefixSharingBatchSampler:
-        args, (dataset, max_length, truncation_mode) = self._trainer.args, counted
+    def _count(
+        self, dataset: Any, max_length: int | None, truncation_mode: TruncationMode
+    ) -> PrefixSharingBatchSampler:
+        args = self._trainer.args
         ours = {
             "max_length": max_length,
             "truncation_mode": truncation_mode,
@@ -85,7 +87,6 @@ class TokenBudget:
             )
             raise
         self._rows_name, self._rows_per_pair = self._check_rows(sampler)
-        self._counted = counted
         return sampler
 
     @property
@@ -107,7 +108,8 @@ class TokenBudget:
         counted = _counted_in(self._trainer)
         if counted[0] is not self._counted[0] or counted[1:] != self._counted[1:]:
             # In place, as the handle and the callback know this one.
-            vars(self.sampler).update(vars(self._count(counted)))
+            vars(self.sampler).update(vars(self._count(*counted)))
+            self._counted = counted
         self.has_dealt = True
         args = self._trainer.args
         dataset, collator = self._data()
@@ -226,7 +228,7 @@ class TokenBudget:
         return round(self.sampler.pairs_per_batch * steps)
 
 
-def _counted_in(trainer: Any) -> _Source:
+def _counted_in(trainer: Any) -> tuple[Any, int | None, TruncationMode]:
     """What the tokens of batches are counted in: data set, longest row, how rows are cut."""
     collator = trainer.data_collator
     longest = getattr(collator, "max_length", None)

@@ -24,7 +24,6 @@ from hf_prefix_patch.wrappers import backbone_of, called_module, unwrap
 _NOT_FOR_THE_MODEL = {"completion_mask", "labels", *LOSS_INPUTS, *REFERENCE_LOGPS}
 _COMPARED = 4  # hidden states whose logits are held against the model's own, once a head
 _AMPLIFIED = 1e3  # and once more so much larger, where a soft cap shows
-_COMPILED = "_compiled_call_impl"
 _TOKENS_AT_ONCE = 128  # for heads that are not a plain linear layer
 
 
@@ -142,13 +141,16 @@ class _HeadCall:
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         called, self._cells = called_module(model), inputs["input_ids"].numel()
         head, mine = self._head, _in_this_thread
-        self._state = self._options, tuple(head._forward_hooks), tuple(called._forward_hooks)
         # Compiled code was made without the hooks; the layers inside may well be compiled.
         target = getattr(model, "_orig_mod", model)
+        way = _way_to(head, target)
         with _locks.setdefault(head, RLock()), ExitStack() as hooks:
-            for module in _compiled_around(head, target):
-                hooks.callback(setattr, module, _COMPILED, getattr(module, _COMPILED))
-                setattr(module, _COMPILED, None)
+            self._state = self._options, *(tuple(module._forward_hooks) for module in way)
+            for module in way:
+                compiled = module._compiled_call_impl  # in place (`model.compile()`)
+                if compiled is not None:
+                    hooks.callback(setattr, module, "_compiled_call_impl", compiled)
+                    module._compiled_call_impl = None
             until_then = hooks.enter_context
             until_then(head.register_forward_pre_hook(mine(self._before_head)))
             until_then(head.register_forward_hook(mine(self._first_after_head), prepend=True))
@@ -185,7 +187,7 @@ class _HeadCall:
 
     def _first_after_head(self, head: nn.Module, args: Any, output: Tensor) -> Tensor:
         assert self._logps is not None
-        self._raw = output.detach()
+        self._raw = output.detach().clone()  # what comes next may write into it
         return board(output, self._logps, self._seat)
 
     def _last_after_head(self, head: nn.Module, args: Any, output: Tensor) -> None:
@@ -231,10 +233,14 @@ def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: hook(*args) if get_ident() == thread else None
 
 
-def _compiled_around(head: nn.Module, target: nn.Module) -> list[nn.Module]:
-    """Modules that the head is in and that were compiled in place (`model.compile()`)."""
-    compiled = (x for x in target.modules() if getattr(x, _COMPILED, None) is not None)
-    return [module for module in compiled if head in module.modules()]
+def _way_to(head: nn.Module, target: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that the head is in, from the one that is called on, and the head."""
+    ways: list[tuple[nn.Module, ...]] = [(target,)]
+    for way in ways:  # they become more: breadth first, as a head is near the top
+        if way[-1] is head:
+            return way
+        ways += [(*way, child) for child in way[-1].children()]
+    return target, head
 
 
 _compared: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()

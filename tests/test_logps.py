@@ -272,26 +272,35 @@ def test_logits_that_the_config_does_not_tell_of(layout):
             completion_logps(model, collate(layout))
 
 
-@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("options", [{}, {"prepend": True}])
-@pytest.mark.parametrize("whole", [False, True])
-def test_hooks_that_change_logits(whole, options, earlier):
-    """Registered before the first call or after it, on the head or on the model."""
-    model = tiny_model()
-    if earlier:
-        completion_logps(model, collate("rows"))
+@pytest.mark.parametrize("where", ["head", "model", "adapter"])
+def test_hooks_that_change_logits(where, options, in_place, later):
+    """Registered before the first call or after it, on the head or on what it is in."""
+    model = called = tiny_model()
+    if where == "adapter":
+        called = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    hooked = {"head": model.lm_head, "model": model, "adapter": called.base_model}[where]
+    if later:
+        completion_logps(called, collate("rows"))
 
     def cooled(module, args, output):
-        if not whole:
-            return output / 0.5
-        output.logits = output.logits / 0.5
+        logits = output if where == "head" else output.logits
+        changed = logits.mul_(2) if in_place else logits * 2
+        if where == "head":
+            return changed
+        output.logits = changed
         return output
 
-    hook = (model if whole else model.lm_head).register_forward_hook(cooled, **options)
-    with pytest.raises(NotImplementedError, match=r"changes its logits .* or a hook does"):
-        completion_logps(model, collate("rows"))
+    hook = hooked.register_forward_hook(cooled, **options)
+    with (
+        torch.set_grad_enabled(not in_place),
+        pytest.raises(NotImplementedError, match=r"changes its logits .* or a hook does"),
+    ):
+        completion_logps(called, collate("rows"))
     hook.remove()
-    got = completion_logps(model, collate("rows"))
+    got = completion_logps(called, collate("rows"))
     torch.testing.assert_close(got.double(), full_logps(model)[0], atol=2e-5, rtol=2e-5)
 
 
