@@ -19,6 +19,7 @@ from hf_prefix_patch.head import linear_logps
 from hf_prefix_patch.hooks import patch_of
 from hf_prefix_patch.packed import LOSS_INPUTS, is_packed
 from hf_prefix_patch.passenger import Seat, alight, board
+from hf_prefix_patch.tree import select_tokens
 from hf_prefix_patch.wrappers import backbone_of, called_module, unwrap
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "labels", *LOSS_INPUTS, *REFERENCE_LOGPS}
@@ -170,7 +171,7 @@ class _HeadCall:
                 "or called it again, but completion_logps needs them all at once; leave out "
                 "logits_to_keep, or take log-probs from the model's logits"
             )
-        chosen = rows.index_select(0, self._tokens.cells.to(rows.device))
+        chosen = select_tokens(rows, self._tokens.cells)
         labels = self._tokens.labels.to(rows.device)
         self._logps = _head_logps(head, chosen, labels, *self._options)
         few = rows[:1].detach()

@@ -246,7 +246,7 @@ class PrefixTree:
             TypeError: `x` is no tensor.
         """
         self._check_shape(x, (1, self.packed_tokens), "the packed row")
-        real = x[0].index_select(0, self.packed_index.to(x.device))
+        real = select_tokens(x[0], self.packed_index)
         if self.row_tokens == self.padded_tokens:
             rows = real
         else:
@@ -284,6 +284,18 @@ class PrefixTree:
                 f"got a tensor of shape {list(x.shape)}, but {what} of this tree must begin "
                 f"with {list(lead)}; pass tensors of the batch that the tree was built from"
             )
+
+
+def select_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """`[N, ...]` to `[T, ...]`, where one token may be taken many times.
+
+    Backward adds up what it gets back in fp32 or better, as a CPU does by itself; other devices add
+    in the dtype of `x`, CUDA in any order.
+    """
+    index = index.to(x.device)
+    at_least_fp32 = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(at_least_fp32) if x.requires_grad and x.device.type != "cpu" else x
+    return wide.index_select(0, index).to(x.dtype)
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:

@@ -171,6 +171,19 @@ def test_sdpa_needs_no_math_kernel(size, window, dtype):
         assert kernel_check.find_fault(attention.BACKENDS["sdpa"], needs) is None
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_of_many_rows_are_summed_in_fp32(dtype):
+    """The last token of a prompt of 64 responses: no more than one rounding off."""
+    rows = torch.cat([torch.full((64, 1), 5), torch.arange(64)[:, None]], dim=1)
+    tree = PrefixTree.from_rows(rows).to("cuda")
+    packed = torch.zeros(1, 65, 128, dtype=dtype, device="cuda", requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    grads = (1 + torch.randn(64, 2, 128, generator=generator)).to(dtype)
+    (sums,) = torch.autograd.grad(tree.unpack(packed), packed, grads.cuda())
+    want = grads[:, 0].double().sum(0)
+    assert (sums[0, 0].cpu() - want).norm() <= torch.finfo(dtype).eps / 2 * want.norm()
+
+
 def model_options(size):
     return {
         "hidden_size": 128,

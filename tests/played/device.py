@@ -164,7 +164,17 @@ def _softmax_backward(function: Any) -> Any:
     return lambda grad, y, dim, dtype: function(grad, y, dim, grad.dtype).to(dtype)
 
 
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """CUDA adds one after another in the type of `x`, where the CPU has a sum in fp32."""
+    turn = (index[:, None] == index).tril(-1).sum(1)
+    for n in turn.unique():
+        (now,) = (turn == n).nonzero(as_tuple=True)
+        x = x.index_add(dim, index[now], source.index_select(dim, now))
+    return x
+
+
 _REPLACED = {
+    aten.index_add.default: _index_add,
     aten.mm.dtype: lambda a, b, dtype: torch.mm(a.to(dtype), b.to(dtype)),
     aten.addmm.dtype_out: lambda c, a, b, dtype, beta=1, alpha=1, out=None: out.copy_(
         torch.addmm(*(x.to(dtype) for x in (c, a, b)), beta=beta, alpha=alpha)
