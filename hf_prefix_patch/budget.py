@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,8 @@ class TokenBudget:
     pairs is therefore multiplied by `n / m`, where `m` is the mean number of pairs in the batches
     of an epoch: each pair has the weight `1 / m`, as with fixed batches of `m` pairs. What is
     logged stays the mean over the pairs of each batch. Losses that the trainer divides by the
-    number of target tokens in a step are left as they are.
+    number of target tokens in a step are left as they are; where rows have one target each, as in
+    classification, the mean over rows is taken instead.
 
     Args:
         trainer: a `transformers.Trainer` with a tokenised `train_dataset`.
@@ -86,7 +88,7 @@ class TokenBudget:
                 'trainer, and the rest goes into sampler_options, as {"oversized": "skip"}'
             )
             raise
-        self._rows_name, self._rows_per_pair = self._check_rows(sampler)
+        self._row_names, self._rows_per_pair = self._check_rows(sampler)
         return sampler
 
     @property
@@ -116,7 +118,7 @@ class TokenBudget:
         loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=self.sampler,
-            collate_fn=collator,
+            collate_fn=_WithinBudget(collator, self._row_names, self._max_tokens),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -138,15 +140,17 @@ class TokenBudget:
             return trainer._remove_unused_columns(dataset, description="training"), collator
         return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
 
-    def _check_rows(self, sampler: PrefixSharingBatchSampler) -> tuple[str, int]:
-        """A tensor of rows in the trainer's batches, and how many of its rows an example makes.
+    def _check_rows(self, sampler: PrefixSharingBatchSampler) -> tuple[list[str], int]:
+        """The tensors of rows in the trainer's batches, and how many rows an example makes.
 
         Raises:
             ValueError: there is none, or it holds other tokens than the sampler counts.
         """
         dataset, collator = self._data()
-        kept = sorted(set(range(len(dataset))) - set(sampler.skipped))[:_COUNTED]
-        groups = [*([i] for i in kept), kept]  # one by one, and together
+        kept = sorted(set(range(len(dataset))) - set(sampler.skipped))
+        longest = max(kept, key=lambda i: sampler.unique_tokens([i]))
+        groups = [[i] for i in (*kept[:_COUNTED], longest)]
+        groups.append(next(iter(copy(sampler))))
         with torch.random.fork_rng(devices=[]):
             batches = [collator([dataset[i] for i in group]) for group in groups]
         names = [
@@ -165,11 +169,12 @@ class TokenBudget:
         if seen != counted or rows != [rows[0] * len(group) for group in groups]:
             raise ValueError(
                 f"{type(self._trainer).__name__} makes other rows than max_tokens_per_batch counts "
-                f"in the columns of its data set: its batches of the first examples have {seen} "
-                f"unique tokens in {rows} rows, where {counted} are counted; leave it out, sharing "
-                "serves the trainer's own batches too"
+                "in the columns of its data set: its batches of the first examples, the longest "
+                f"one, and a batch by budget have {seen} unique tokens in {rows} rows, where "
+                f"{counted} are counted, padded on the right; leave it out, sharing serves the "
+                "trainer's own batches too"
             )
-        return names[0], rows[0]
+        return names, rows[0]
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss, in training times the weight of the batch."""
@@ -180,7 +185,7 @@ class TokenBudget:
             self._say_by_tokens()
         if not in_force or by_tokens:
             return result
-        pairs = inputs[self._rows_name].shape[0] / self._rows_per_pair
+        pairs = inputs[self._row_names[0]].shape[0] / self._rows_per_pair
         self._weight = pairs / self.sampler.pairs_per_batch
         if isinstance(result, tuple):
             return (result[0] * self._weight, *result[1:])
@@ -188,22 +193,34 @@ class TokenBudget:
 
     def _say_by_tokens(self) -> None:
         """A loss of the user's own may be handed the number of targets and not divide by it."""
-        forward = type(called_module(self._trainer.model)).forward
-        for name, function in (("compute_loss", self._compute_loss), ("forward", forward)):
+        handed = {
+            "compute_loss": self._compute_loss,
+            "forward": type(called_module(self._trainer.model)).forward,
+            "compute_loss_func": self._trainer.compute_loss_func,
+        }
+        for name, function in handed.items():
             home = getattr(function, "__module__", "") or ""
-            if self._said or home.startswith(_STOCK):
+            if self._said or function is None or home.startswith(_STOCK):
                 continue
             self._said = True
             warn_caller(
                 f"prefix sharing: the trainer hands num_items_in_batch to {name} of {home}, as its "
                 "batches have labels; the loss must be divided by that, and is not weighted by "
-                "pairs. If it is a mean over pairs, set trainer.model_accepts_loss_kwargs = False"
+                "pairs. If it is a mean over pairs, set trainer.model_accepts_loss_kwargs = False "
+                "(and move a compute_loss_func into compute_loss)"
             )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's, whose result it logs: without the weight."""
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's, whose result it logs: without the weight.
+
+        Where rows have one target each, the number of targets is that of the pairs in a step, which
+        differs from step to step, and not all losses are divided by it: the trainer takes the mean.
+        """
+        by_pairs = self.in_force and self.has_dealt and self._trainer.compute_loss_func is None
+        if by_pairs and _are_of_rows(inputs.get("labels")):
+            args, kwargs = (), {}  # num_items_in_batch
         self._weight = 1.0
-        return self._training_step(*args, **kwargs) / self._weight
+        return self._training_step(model, inputs, *args, **kwargs) / self._weight
 
     def gather(self, tensor: Any) -> Any:
         """The accelerator's, for tensors that are longer on one process than on another: trainers
@@ -228,10 +245,37 @@ class TokenBudget:
         return round(self.sampler.pairs_per_batch * steps)
 
 
+class _WithinBudget:
+    """A collator whose batches are counted once more: not all of its rows need be as those that
+    were compared."""
+
+    def __init__(self, collator: Callable[..., Any], names: list[str], max_tokens: int) -> None:
+        self._collator, self._names, self._max_tokens = collator, names, max_tokens
+
+    def __call__(self, examples: Any) -> Any:
+        batch = self._collator(examples)
+        tokens = _packed_tokens(batch, self._names)
+        if tokens > self._max_tokens:
+            raise ValueError(
+                f"a batch of {len(examples)} examples has {tokens} unique tokens, more than "
+                f"max_tokens_per_batch={self._max_tokens}: the collator makes other rows than the "
+                "columns of the data set say, or pads on the left, where rows of different length "
+                "share nothing; pad on the right, or leave max_tokens_per_batch out"
+            )
+        return batch
+
+
+def _are_of_rows(labels: Any) -> bool:
+    """Whether labels are a class, a number or some numbers for each row, and not tokens."""
+    return isinstance(labels, Tensor) and (labels.ndim < 2 or labels.is_floating_point())
+
+
 def _counted_in(trainer: Any) -> tuple[Any, int | None, TruncationMode]:
     """What the tokens of batches are counted in: data set, longest row, how rows are cut."""
     collator = trainer.data_collator
-    longest = getattr(collator, "max_length", None)
+    # Those of transformers, which have a way of padding, mean the length to pad to.
+    pads = hasattr(collator, "padding")
+    longest = None if pads else getattr(collator, "max_length", None)
     return trainer.train_dataset, longest, getattr(collator, "truncation_mode", "keep_start")
 
 

@@ -10,6 +10,7 @@ from hf_prefix_patch.hooks import OnBypass, patch_of, patched_stacks
 from hf_prefix_patch.notices import warn_caller
 
 if TYPE_CHECKING:
+    from hf_prefix_patch.patch import PrefixSharing
     from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 
 
@@ -23,6 +24,45 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A finished epoch may be counted a rounding error short of a whole number.
         self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class MetricsLog(TrainerCallback):
+    """A trainer's `log` with sharing metrics, of training and of evaluation apart, each over the
+    calls since it was logged last.
+
+    `prefix_sharing/sharing_ratio` is real row tokens per packed token,
+    `prefix_sharing/packed_tokens` the tokens that the decoder ran on. In evaluation the names
+    begin with `eval_`, as those of TRL do.
+    """
+
+    def __init__(self, trainer: Any, handle: PrefixSharing) -> None:
+        self._trainer, self._handle, self._log = trainer, handle, trainer.log
+        self._seen = self._count()  # not what was shared before, such as a precomputed reference
+        self._trained = (0, 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rows, packed = self._since_last()
+        self._trained = (self._trained[0] + rows, self._trained[1] + packed)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        training = self._trainer.model.training
+        rows, packed = self._since_last()
+        if training:
+            rows, packed = rows + self._trained[0], packed + self._trained[1]
+            self._trained = (0, 0)
+        if packed:
+            prefix = "" if training else "eval_"
+            logs[f"{prefix}prefix_sharing/sharing_ratio"] = rows / packed
+            logs[f"{prefix}prefix_sharing/packed_tokens"] = packed
+        self._log(logs, *args, **kwargs)
+
+    def _since_last(self) -> tuple[int, int]:
+        before, self._seen = self._seen, self._count()
+        return self._seen[0] - before[0], self._seen[1] - before[1]
+
+    def _count(self) -> tuple[int, int]:
+        stats = self._handle.stats
+        return stats.row_tokens, stats.packed_tokens
 
 
 class CheckPolicy(TrainerCallback):

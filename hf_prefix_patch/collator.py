@@ -36,13 +36,15 @@ Layout = Literal["rows", "packed"]
 class DataCollatorWithPrefixSharing:
     """Preference pairs to a batch that brings its own plan.
 
-    In place of TRL's `DataCollatorForPreference`: the same arguments, examples and tensors. The
-    token comparison that a patched model would make for each batch is made here, where a data
-    loader runs it in its workers; `input_ids` and `attention_mask` carry the result to the model,
-    through pinned memory and moves between devices.
+    In place of the `DataCollatorForPreference` of TRL's DPO (reward modelling has another one of
+    that name): the same arguments, examples and tensors. The token comparison that a patched model
+    would make for each batch is made here, where a data loader runs it in its workers; `input_ids`
+    and `attention_mask` carry the result to the model, through pinned memory and moves between
+    devices.
 
-    Examples hold `prompt_ids`, `chosen_ids` and `rejected_ids` (or the older `*_input_ids`), lists
-    of token ids, and optionally `ref_chosen_logps` and `ref_rejected_logps`, which are passed on.
+    Examples hold `prompt_ids`, `chosen_ids` and `rejected_ids`, lists of token ids, and optionally
+    `ref_chosen_logps` and `ref_rejected_logps`, which are passed on. The older `*_input_ids` mean
+    the same, where answers that both begin with the prompt are taken for rows that have it already.
     For `B` pairs the batch has `R = 2 B` rows, all chosen ones first.
 
     With `layout="rows"`, a dict as TRL's, int64, padded on the right:
@@ -140,6 +142,13 @@ class DataCollatorWithPrefixSharing:
             rows_of(x, self.max_length, self.truncation_mode, f"example {i} of the batch")
             for i, x in enumerate(examples)
         ]
+        for i, example in enumerate(by_example):
+            if len(example) != len(by_example[0]):
+                raise ValueError(
+                    f"example {i} of the batch is of {len(example)} rows and the first of "
+                    f"{len(by_example[0])}, but all must be pairs, or all single rows; give "
+                    "examples of the same columns"
+                )
         rows = [row for column in zip(*by_example, strict=True) for row in column]
         ids, real, completion = self._pad(rows)
         plan = Plan.of_host_rows(HostRows(ids, real))

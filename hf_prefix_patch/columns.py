@@ -52,8 +52,8 @@ def rows_of(
     Args:
         example: `prompt_ids`, `chosen_ids` and `rejected_ids` (two rows), the last two without a
             prompt (two rows that are completion throughout), `prompt_ids` and `completion_ids` (one
-            row) or `input_ids` (one). Names that end in `_input_ids` mean the same; there, a
-            completion may begin with its prompt (ORPO and CPO of TRL).
+            row) or `input_ids` (one). Names that end in `_input_ids` mean the same; there, all
+            completions may begin with their prompt (ORPO and CPO of TRL).
         max_length: longest row; None for any length.
         truncation_mode: the end of a row that stays.
         where: what messages call the example.
@@ -64,11 +64,12 @@ def rows_of(
     """
     prompt_name, names = _layout(example, where)
     start = _as_ids(example.get(prompt_name, ()), prompt_name, where)
+    ends = [_as_ids(example[name], name, where) for name in names]
+    whole = names[0].endswith("_input_ids") and all(
+        np.array_equal(ids[: len(start)], start) for ids in ends
+    )
     rows = []
-    for name in names:
-        ids = _as_ids(example[name], name, where)
-        whole = name.endswith("_input_ids") and np.array_equal(ids[: len(start)], start)
-        ids = ids if whole else np.concatenate([start, ids])
+    for ids in ends if whole else [np.concatenate([start, ids]) for ids in ends]:
         cut = 0 if max_length is None else max(0, len(ids) - max_length)
         if truncation_mode == "keep_start":
             rows.append(Row(ids[: len(ids) - cut], min(len(start), len(ids) - cut)))

@@ -212,7 +212,8 @@ def index_examples(
 
 def _examples(data: Any, progress: bool) -> Iterator[Mapping[str, Any]]:
     columns = [name for name in getattr(data, "column_names", ()) if name.endswith("_ids")]
-    if not columns:
+    transformed = columns and data.format["type"] == "custom"  # `set_transform`
+    if transformed or not columns:
         for index in tqdm(range(len(data)), desc="reading examples", disable=not progress):
             yield data[index]
         return

@@ -82,15 +82,14 @@ def check_trainer(trainer: Any, keep_groups: bool) -> None:
     """
     if any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
         check_loaded("trl")
-    if _joins_rows_itself(trainer) and isinstance(
-        trainer.data_collator, DataCollatorWithPrefixSharing
-    ):
+    collator = trainer.data_collator
+    wanted = _wants_other_batches(trainer)
+    if wanted is not None and isinstance(collator, DataCollatorWithPrefixSharing):
         raise ValueError(
             f"the data_collator of this {type(trainer).__name__} is a "
-            "DataCollatorWithPrefixSharing, which makes rows, but the trainer joins prompts and "
-            "completions to rows itself; leave data_collator out"
+            "DataCollatorWithPrefixSharing, which makes the batches of TRL's DPO since 0.29, but "
+            f"the trainer {wanted}; leave data_collator out"
         )
-    collator = trainer.data_collator
     if type(trainer).__module__.startswith("trl.") and getattr(collator, "layout", "") == "packed":
         raise ValueError(
             f"the data_collator of this {type(trainer).__name__} has layout='packed', but TRL "
@@ -120,9 +119,15 @@ def check_trainer(trainer: Any, keep_groups: bool) -> None:
         warnings.warn(f"prefix sharing: {advice}", stacklevel=3)
 
 
-def _joins_rows_itself(trainer: Any) -> bool:
-    """Whether it takes prompts and completions apart: DPO of TRL before 0.29, ORPO, CPO."""
-    return hasattr(trainer, "concatenated_inputs")
+def _wants_other_batches(trainer: Any) -> str | None:
+    """What a trainer of preferences does with other batches than those of our collator; None for
+    one that takes them."""
+    if hasattr(trainer, "concatenated_inputs"):  # DPO of TRL before 0.29, ORPO, CPO
+        return "joins prompts and completions to rows itself"
+    classes = (cls for cls in type(trainer).__mro__ if cls.__module__.startswith("trl."))
+    if any(cls.__name__ == "RewardTrainer" for cls in classes):
+        return "takes margins, and hands completion_mask to the model"
+    return None
 
 
 def _has_reference_logps(trainer: Any) -> bool:
@@ -159,7 +164,7 @@ class TrainerPatch:
         keep_groups: bool = False,
     ) -> None:
         # Here as in budget: it needs accelerate, which models and loops of one's own do not.
-        from hf_prefix_patch.callbacks import CheckPolicy
+        from hf_prefix_patch.callbacks import CheckPolicy, MetricsLog
 
         self._before = before = trainer_patch_of(trainer)
         if before is not None:
@@ -176,7 +181,9 @@ class TrainerPatch:
             self._new: list[tuple[Any, str, Any]] = [(trainer, "data_collator", planning)]
             self._callbacks: list[Any] = [CheckPolicy(on_bypass, self.budget is not None)]
             if log_metrics:
-                self._new.append((trainer, "log", MetricsLog(trainer, handle)))
+                metrics = MetricsLog(trainer, handle)
+                self._new.append((trainer, "log", metrics.log))
+                self._callbacks.append(metrics)
             if self.budget is not None:
                 self._new += self.budget.overrides
                 self._callbacks.append(self.budget.callback)
@@ -265,28 +272,3 @@ def trainer_patch_of(trainer: Any) -> TrainerPatch | None:
     """The patch that a trainer carries, if any."""
     patch: TrainerPatch | None = trainer.__dict__.get(_STATE)
     return patch
-
-
-class MetricsLog:
-    """A trainer's `log` with sharing metrics, each over the calls since the last log.
-
-    `prefix_sharing/sharing_ratio` is real row tokens per packed token,
-    `prefix_sharing/packed_tokens` the tokens that the decoder ran on. In evaluation the names
-    begin with `eval_`, as those of TRL do.
-    """
-
-    def __init__(self, trainer: Any, handle: PrefixSharing) -> None:
-        self._trainer, self._handle = trainer, handle
-        # Not what was shared before, such as a precomputed reference.
-        self._seen = (handle.stats.row_tokens, handle.stats.packed_tokens)
-        self._log = trainer.log
-
-    def __call__(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        stats = self._handle.stats
-        rows, packed = stats.row_tokens - self._seen[0], stats.packed_tokens - self._seen[1]
-        if packed:
-            self._seen = (stats.row_tokens, stats.packed_tokens)
-            prefix = "" if self._trainer.model.training else "eval_"
-            logs[f"{prefix}prefix_sharing/sharing_ratio"] = rows / packed
-            logs[f"{prefix}prefix_sharing/packed_tokens"] = packed
-        self._log(logs, *args, **kwargs)

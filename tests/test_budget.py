@@ -24,7 +24,13 @@ from tiny_trl import (
     tiny_tokenizer,
 )
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import DPOTrainer, RewardConfig, RewardTrainer
 
 from hf_prefix_patch import (
@@ -570,7 +576,7 @@ def rows_collator(examples):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def plain_trainer(tmp_path, kind=MeanLoss, **options):
+def plain_trainer(tmp_path, kind=MeanLoss, model=None, **options):
     """Twelve rows, four of each of three prompts."""
     data = [
         {"input_ids": [p] * 5 + list(range(20, 21 + i % 4)) + [p]}
@@ -587,7 +593,66 @@ def plain_trainer(tmp_path, kind=MeanLoss, **options):
         max_steps=3,
         **options,
     )
-    return kind(tiny_model(), args, data_collator=rows_collator, train_dataset=data)
+    return kind(model or tiny_model(), args, data_collator=rows_collator, train_dataset=data)
+
+
+def test_batches_are_counted_as_they_are_made(tmp_path):
+    """A collator that goes on making other rows than it did when it was looked at."""
+    trainer = plain_trainer(tmp_path)
+    left = []
+
+    def collator(examples):
+        return (padded_on_the_left if left else rows_collator)(examples)
+
+    trainer.data_collator = collator
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=26):
+        left.append(True)
+        with pytest.raises(ValueError, match=r"unique tokens, more than max_tokens_per_batch=26"):
+            trainer.train()
+
+
+@pytest.mark.parametrize("longest", range(3, 12))
+def test_the_longest_row_is_looked_at(tmp_path, longest):
+    """In whichever batch it comes."""
+    trainer = plain_trainer(tmp_path)
+    trainer.train_dataset[longest]["input_ids"] += [9] * 4
+    most = len(trainer.train_dataset[longest]["input_ids"])
+    trainer.data_collator = lambda examples: rows_collator(
+        [x | {"input_ids": x["input_ids"][: most - 1]} for x in examples]
+    )
+    with pytest.raises(ValueError, match=rf"{most - 1}, .* unique tokens .* {most}, "):
+        enable_prefix_sharing(trainer, max_tokens_per_batch=40)
+
+
+def padded_on_the_left(examples):
+    batch = rows_collator(examples)
+    shifts = (batch["attention_mask"] == 0).sum(1)
+    return {
+        name: torch.stack([row.roll(n.item()) for row, n in zip(x, shifts, strict=True)])
+        for name, x in batch.items()
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.max_length. is ignored")
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_length_to_pad_to(tmp_path, side):
+    """`max_length` of a collator that pads cuts nothing; what it pads on the left is refused."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = side
+    trainer = plain_trainer(tmp_path)
+    longest = max(len(x["input_ids"]) for x in trainer.train_dataset)
+    trainer.data_collator = DataCollatorWithPadding(tokenizer, max_length=longest - 2)
+    if side == "left":
+        with pytest.raises(ValueError, match=r"are counted, padded on the right"):
+            enable_prefix_sharing(trainer, max_tokens_per_batch=26)
+        return
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=26) as sharing:
+        assert sharing.sampler.state_dict() == {"epoch": 0, "batches": 0}
+        counted = [sharing.sampler.unique_tokens(batch) for batch in sharing.sampler]
+        sharing.sampler.set_epoch(0)
+        seen = LayerTokens(trainer.model)
+        trainer.train()
+    assert [n for _, n in seen.shapes][: len(counted)] == counted
 
 
 def test_transformers_trainer(tmp_path):
@@ -636,6 +701,53 @@ def test_losses_by_tokens_are_left_alone(tmp_path):
         plain = type(trainer).compute_loss(trainer, trainer.model, inputs)
         assert weighted.item() == pytest.approx(plain.item() / sharing.sampler.pairs_per_batch)
         trainer.train()
+
+
+TARGETS = {
+    "regression": (1, lambda i: i / 4),
+    "single_label_classification": (3, lambda i: i % 3),
+    "multi_label_classification": (3, lambda i: [i % 2, 1.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_one_target_a_row(tmp_path, kind):
+    """As many targets as rows are counted in a step; not all of these losses are divided by it."""
+    classes, target = TARGETS[kind]
+    config = tiny_model().config
+    config.num_labels, config.problem_type, config.pad_token_id = classes, kind, 0
+    trainer = plain_trainer(tmp_path, Trainer, model=LlamaForSequenceClassification(config))
+    trainer.train_dataset = [x | {"labels": target(i)} for i, x in enumerate(trainer.train_dataset)]
+
+    def collator(examples):
+        labels = torch.tensor([x["labels"] for x in examples])
+        return rows_collator(examples) | {"labels": labels}
+
+    trainer.data_collator = collator
+    trainer.current_gradient_accumulation_steps = 2
+
+    def epoch():
+        trainer.model.zero_grad()
+        losses = []
+        for inputs in trainer.get_train_dataloader():
+            rows = len(inputs["input_ids"])
+            loss = trainer.training_step(trainer.model, inputs, 2 * rows)
+            losses.append((rows, loss.item()))
+        return losses, gradients(trainer.model)
+
+    with enable_prefix_sharing(trainer):
+        trainer.model_accepts_loss_kwargs = False  # means over rows
+        fixed, want = epoch()
+        trainer.model_accepts_loss_kwargs = True
+    with enable_prefix_sharing(trainer, max_tokens_per_batch=26) as sharing:
+        found, got = epoch()
+        scale = 4 / sharing.sampler.pairs_per_batch
+        trainer.train()
+    assert len({rows for rows, _ in found}) > 1
+    total = sum(rows * loss for rows, loss in fixed)
+    assert sum(rows * loss for rows, loss in found) == pytest.approx(total, rel=1e-5)
+    for name, x in want.items():
+        assert (got[name] - scale * x).norm() <= 1e-5 * scale * x.norm(), name
 
 
 def with_targets(examples):
@@ -689,6 +801,26 @@ def test_a_module_that_is_handed_a_number_of_targets(tmp_path):
     with pytest.warns(UserWarning, match=r"hands num_items_in_batch to forward of test_budget"):
         train(accepts=True)
     train(accepts=False)  # warnings are errors
+
+
+@pytest.mark.needs(transformers=">=5")
+def test_a_loss_function_that_is_handed_a_number_of_targets(tmp_path):
+    """It keeps the number, one target a row or not, as it may well divide by it."""
+    handed = []
+
+    def loss(outputs, labels, num_items_in_batch):
+        handed.append(num_items_in_batch.item())
+        return outputs.logits.sum(dim=(1, 2)).mean()
+
+    trainer = plain_trainer(tmp_path, Trainer)
+    trainer.data_collator = lambda examples: (
+        with_targets(examples) | {"labels": torch.zeros(len(examples))}
+    )
+    trainer.compute_loss_func = loss
+    enable_prefix_sharing(trainer, max_tokens_per_batch=26)
+    with pytest.warns(UserWarning, match=r"hands num_items_in_batch to compute_loss_func of test_"):
+        trainer.train()
+    assert len(handed) == 3
 
 
 class WithLabels(MeanLoss):
@@ -833,3 +965,6 @@ def test_reward_trainer(llama, tmp_path):
     assert sum(pairs) == 12
     for name, x in want.items():
         assert (got[name] - scale * x).norm() <= 1e-5 * scale * x.norm(), name
+    trainer.data_collator = DataCollatorWithPrefixSharing(pad_token_id=0)
+    with pytest.raises(ValueError, match=r"RewardTrainer is a .* takes margins, .* data_collator"):
+        enable_prefix_sharing(trainer)

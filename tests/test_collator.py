@@ -73,6 +73,18 @@ def test_tensors_are_those_of_trl(options, old_names, reference):
     assert_same_tensors(DataCollatorWithPrefixSharing(pad_token_id=2, **options)(examples), want)
 
 
+def test_older_names_of_answers_with_and_without_their_prompt():
+    """With it where both begin with it: an answer may repeat the question."""
+    collator = DataCollatorWithPrefixSharing(pad_token_id=0)
+    pair = {"prompt_input_ids": [5], "chosen_input_ids": [5, 6, 7], "rejected_input_ids": [8, 9]}
+    batch = collator([pair])
+    assert batch["input_ids"].tolist() == [[5, 5, 6, 7], [5, 8, 9, 0]]
+    assert batch["completion_mask"].tolist() == [[0, 1, 1, 1], [0, 1, 1, 0]]
+    batch = collator([pair | {"rejected_input_ids": [5, 8]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 8, 0]]
+    assert batch["completion_mask"].tolist() == [[0, 1, 1], [0, 1, 0]]
+
+
 @makes_rows
 @given(
     first_row_filled, st.sampled_from([{}, {"max_length": 3}]), st.sampled_from(["start", "end"])

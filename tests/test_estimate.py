@@ -137,12 +137,13 @@ def test_suggested_budget_is_the_largest_padded_batch(path):
 def test_lengths_and_what_is_left_out(path, folder, run):
     """Percentiles are of all pairs uncut; a prompt that fills `max_length` leaves its pair out."""
     examples = tokenize_preferences(path, tiny_tokenizer(), progress=False)
-    found = run("--json", "--max-length", 36)
     prompts = sorted(len(x["prompt_ids"]) for x in examples)
-    left = [x for x in examples if len(x["prompt_ids"]) < 36]
+    limit = prompts[6]  # the whole of one prompt
+    found = run("--json", "--max-length", limit)
+    left = [x for x in examples if len(x["prompt_ids"]) < limit]
     assert 0 < len(left) < 13
     assert (found["pairs"], found["pairs_left_out"]) == (13, 13 - len(left))
-    assert found["rows_cut"] == sum(len(row) > 36 for x in left for row in rows_of(x)) > 0
+    assert found["rows_cut"] == sum(len(row) > limit for x in left for row in rows_of(x)) > 0
     assert found["lengths"]["prompt"] == {
         "p5": prompts[1],
         "p50": prompts[6],
@@ -151,10 +152,10 @@ def test_lengths_and_what_is_left_out(path, folder, run):
         "mean": pytest.approx(np.mean(prompts)),
     }
     assert found["lengths"]["row"]["max"] == max(len(row) for x in examples for row in rows_of(x))
-    kept = [row for x in left for row in rows_of(x, 36)]
+    kept = [row for x in left for row in rows_of(x, limit)]
     share = sum(2 * len(x["prompt_ids"]) for x in left) / sum(map(len, kept))
     assert found["prompt_share"] == pytest.approx(share)
-    keeps_end = run("--json", "--max-length", 36, "--truncation-mode", "keep_end")
+    keeps_end = run("--json", "--max-length", limit, "--truncation-mode", "keep_end")
     assert keeps_end["pairs_left_out"] == 0
     assert run("--json", "--max-length", "none")["rows_cut"] == 0
 

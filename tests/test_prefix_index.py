@@ -119,6 +119,17 @@ def test_a_dataset_is_read_in_chunks_in_order(monkeypatch):
     assert sizes == [7, 8, 6, 5, 9]
 
 
+def test_what_a_transform_makes_of_the_columns_is_counted():
+    data = Dataset.from_list([PAIR | {"chosen_ids": [n]} for n in (7, 8)])
+
+    def with_start(batch):
+        return batch | {"prompt_ids": [[9, *ids] for ids in batch["prompt_ids"]]}
+
+    data.set_transform(with_start)
+    index, _ = read_index(data, None, "keep_start", progress=False)
+    assert index.unique_tokens(range(4)) == 4 + 1 + 1 + 2
+
+
 def test_columns_of_the_examples_are_named_when_there_are_none_to_read():
     with pytest.raises(ValueError, match="needs chosen_ids and rejected_ids"):
         read_index(Dataset.from_list([{"prompt": "a"}]), None, "keep_start", progress=False)

@@ -327,6 +327,8 @@ def test_a_state_is_resumed_from_once():
     sampler.load_state_dict({"epoch": 0, "batches": 3})
     assert next(iter(sampler)) == whole[0][3]
     assert list(sampler) == whole[0]
+    sampler.load_state_dict({"epoch": 1, "batches": 0})
+    assert list(sampler) == whole[1]
 
 
 def test_a_state_of_other_data_is_refused():

@@ -6,6 +6,7 @@ from families import tiny_model
 from transformers import LlamaForSequenceClassification
 
 from hf_prefix_patch import SharingStats
+from hf_prefix_patch.callbacks import MetricsLog
 from hf_prefix_patch.trainer import TrainerPatch, other_models_of
 
 
@@ -35,6 +36,27 @@ def test_a_log_of_the_users_own_is_called_and_put_back():
     assert trainer.log is theirs
     assert vars(trainer).keys() == attributes
     assert not trainer.callback_handler.callbacks
+
+
+def test_an_evaluation_between_two_logs_is_counted_apart():
+    said = []
+    trainer = SimpleNamespace(log=said.append, model=SimpleNamespace(training=True))
+    handle = SimpleNamespace(stats=SharingStats(100, 100, 70, 1))
+    metrics = MetricsLog(trainer, handle)
+    handle.stats += SharingStats(6, 8, 4, 1)
+    metrics.on_step_end(None, None, None)
+    handle.stats += SharingStats(9, 9, 6, 1)
+    trainer.model.training = False
+    metrics.log({})
+    trainer.model.training = True
+    handle.stats += SharingStats(4, 4, 4, 1)
+    metrics.on_step_end(None, None, None)
+    metrics.log({})
+    names = ("prefix_sharing/sharing_ratio", "prefix_sharing/packed_tokens")
+    assert said == [
+        {f"eval_{name}": x for name, x in zip(names, (1.5, 6), strict=True)},
+        dict(zip(names, (1.25, 8), strict=True)),
+    ]
 
 
 def test_two_heads_on_one_stack_are_one_model():
