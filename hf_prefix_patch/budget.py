@@ -193,22 +193,26 @@ class TokenBudget:
 
     def _say_by_tokens(self) -> None:
         """A loss of the user's own may be handed the number of targets and not divide by it."""
+        own = self._own_losses()
+        if self._said or not own:
+            return
+        self._said = True
+        warn_caller(
+            f"prefix sharing: the trainer hands num_items_in_batch to {own[0]}, as its batches "
+            "have labels; the loss must be divided by that, and is not weighted by pairs. If it is "
+            "a mean over pairs, set trainer.model_accepts_loss_kwargs = False (and move a "
+            "compute_loss_func into compute_loss)"
+        )
+
+    def _own_losses(self) -> list[str]:
+        """What of the user's own is handed the number of targets of a step."""
         handed = {
             "compute_loss": self._compute_loss,
             "forward": type(called_module(self._trainer.model)).forward,
             "compute_loss_func": self._trainer.compute_loss_func,
         }
-        for name, function in handed.items():
-            home = getattr(function, "__module__", "") or ""
-            if self._said or function is None or home.startswith(_STOCK):
-                continue
-            self._said = True
-            warn_caller(
-                f"prefix sharing: the trainer hands num_items_in_batch to {name} of {home}, as its "
-                "batches have labels; the loss must be divided by that, and is not weighted by "
-                "pairs. If it is a mean over pairs, set trainer.model_accepts_loss_kwargs = False "
-                "(and move a compute_loss_func into compute_loss)"
-            )
+        homes = {name: getattr(x, "__module__", None) or "" for name, x in handed.items() if x}
+        return [f"{x} of {home}" for x, home in homes.items() if not home.startswith(_STOCK)]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's, whose result it logs: without the weight.
@@ -216,8 +220,8 @@ class TokenBudget:
         Where rows have one target each, the number of targets is that of the pairs in a step, which
         differs from step to step, and not all losses are divided by it: the trainer takes the mean.
         """
-        by_pairs = self.in_force and self.has_dealt and self._trainer.compute_loss_func is None
-        if by_pairs and _are_of_rows(inputs.get("labels")):
+        in_force = self.in_force and self.has_dealt
+        if in_force and _are_of_rows(inputs.get("labels")) and not self._own_losses():
             args, kwargs = (), {}  # num_items_in_batch
         self._weight = 1.0
         return self._training_step(model, inputs, *args, **kwargs) / self._weight
