@@ -28,7 +28,7 @@ class SetEpoch(TrainerCallback):
 
 class MetricsLog(TrainerCallback):
     """A trainer's `log` with sharing metrics, of training and of evaluation apart, each over the
-    calls since it was logged last.
+    calls since it was logged last. What no log is of, such as a prediction, is in none.
 
     `prefix_sharing/sharing_ratio` is real row tokens per packed token,
     `prefix_sharing/packed_tokens` the tokens that the decoder ran on. In evaluation the names
@@ -37,8 +37,13 @@ class MetricsLog(TrainerCallback):
 
     def __init__(self, trainer: Any, handle: PrefixSharing) -> None:
         self._trainer, self._handle, self._log = trainer, handle, trainer.log
-        self._seen = self._count()  # not what was shared before, such as a precomputed reference
-        self._trained = (0, 0)
+        self._seen, self._trained = self._count(), (0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since_last()  # a reference that was precomputed
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        self._since_last()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows, packed = self._since_last()

@@ -38,16 +38,20 @@ def test_a_log_of_the_users_own_is_called_and_put_back():
     assert not trainer.callback_handler.callbacks
 
 
-def test_an_evaluation_between_two_logs_is_counted_apart():
+def test_training_and_evaluation_are_counted_apart_and_what_is_neither_not_at_all():
     said = []
     trainer = SimpleNamespace(log=said.append, model=SimpleNamespace(training=True))
     handle = SimpleNamespace(stats=SharingStats(100, 100, 70, 1))
     metrics = MetricsLog(trainer, handle)
+    handle.stats += SharingStats(50, 50, 9, 1)
+    metrics.on_train_begin(None, None, None)  # after the reference was precomputed
     handle.stats += SharingStats(6, 8, 4, 1)
     metrics.on_step_end(None, None, None)
     handle.stats += SharingStats(9, 9, 6, 1)
     trainer.model.training = False
     metrics.log({})
+    handle.stats += SharingStats(80, 80, 2, 1)
+    metrics.on_predict(None, None, None, {})
     trainer.model.training = True
     handle.stats += SharingStats(4, 4, 4, 1)
     metrics.on_step_end(None, None, None)
