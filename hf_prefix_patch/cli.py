@@ -8,6 +8,7 @@ import warnings
 
 from hf_prefix_patch import __version__
 from hf_prefix_patch.commands import estimate, run, verify
+from hf_prefix_patch.switch import switch_that_is_on
 
 COMMANDS = {"run": run, "estimate": estimate, "verify": verify}
 """Modules, each with `add_arguments(parser)` and `main(arguments)`, which is given them parsed."""
@@ -19,6 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command is run.main:  # whose script has warnings of its own
         run.main(options)
         return
+    switch = switch_that_is_on()
+    if switch is not None:  # for training scripts; what is compared here is shared here
+        switch.off()
     as_python_has_it = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -29,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command of a command line and its options."""
+    given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="hf-prefix-patch", description="Prefix sharing for preference fine-tuning."
     )
@@ -44,8 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             allow_abbrev=False,
         )
         module.add_arguments(command)
-        command.set_defaults(command=module.main, parser=command)
-    given = sys.argv[1:] if arguments is None else arguments
+        command.set_defaults(command=module.main, parser=command, given=given)
     first = next(iter(given), "")
     if first.endswith(".py"):
         parser.error(f"{first!r} is no command; to run a script: hf-prefix-patch run {first} ...")

@@ -9,6 +9,7 @@ checkpointed layers run again in backward, when any state outside the call has m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -51,6 +52,8 @@ from hf_prefix_patch.tree import PrefixTree
 from hf_prefix_patch.wrappers import backbone_of, unwrap
 
 OnBypass = Literal["warn", "ignore", "raise"]
+BeforeFirstCall = Callable[[PreTrainedModel], None]
+"""Of a decoder stack; may take the patch off. A function of a module, to be copied and pickled."""
 
 _STATE = "_prefix_sharing"
 _VIEWS = "_prefix_sharing_views"
@@ -68,6 +71,7 @@ class Options(NamedTuple):
     on_bypass: OnBypass
     cache_by_default: bool
     trial: Trial | None
+    before_first_call: BeforeFirstCall | None
 
 
 class BackbonePatch:
@@ -112,6 +116,7 @@ class BackbonePatch:
         on_bypass: OnBypass,
         cache_by_default: bool = True,
         trial: Trial | None = None,
+        before_first_call: BeforeFirstCall | None = None,
     ) -> None:
         """Set the options; `cache_by_default` as in `bypass_reason`, `trial` as verification sets
         it."""
@@ -119,11 +124,18 @@ class BackbonePatch:
         self.on_bypass: OnBypass = on_bypass
         self.cache_by_default = cache_by_default
         self.trial = trial
+        self.before_first_call = before_first_call
 
     @property
     def options(self) -> Options:
         """What `configure` was given."""
-        return Options(self.backend, self.on_bypass, self.cache_by_default, self.trial)
+        return Options(
+            self.backend,
+            self.on_bypass,
+            self.cache_by_default,
+            self.trial,
+            self.before_first_call,
+        )
 
     def remove(self, backbone: PreTrainedModel) -> None:
         self.recurrence = None
@@ -253,7 +265,11 @@ def pack_rows(
     A composite keeps its rows, and takes the plan to its text decoder.
     """
     patch = patch_of(backbone)
-    if patch is None or kwargs is None:  # the hook before this one has taken the patch off
+    if patch is not None and patch.before_first_call is not None:
+        act, patch.before_first_call = patch.before_first_call, None
+        act(backbone)
+        patch = patch_of(backbone)
+    if patch is None or kwargs is None:  # it was taken off right before
         return None
     inputs, decoder = by_name(backbone, args, kwargs), decoder_of(backbone)
     packed, media = is_packed(inputs), media_of(backbone, decoder, inputs)

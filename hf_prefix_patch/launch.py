@@ -74,9 +74,7 @@ class Launch:
         assert patch is not None
         patch.backend = self.options.backend
         if self.options.verify:
-            backbone.register_forward_pre_hook(
-                verify_before_first_call, prepend=True, with_kwargs=True
-            )
+            patch.before_first_call = verify_before_first_call
         self._seen.append(_Seen(_name_of(model), patch))
 
     def constructed(self, trainer: Any) -> None:
@@ -90,8 +88,6 @@ class Launch:
         options, roles = self.options, _roles(trainer)
         name = type(trainer).__name__
         on_meta = any(device_of(backbone).type == "meta" for backbone, _ in roles)
-        for backbone, _ in roles:
-            _forget_verification(backbone)  # now or never: later it could be on some ranks only
         try:
             handle = enable_prefix_sharing(
                 trainer,
@@ -129,9 +125,9 @@ class Launch:
                 for that.
         """
         for backbone in patched_stacks(model):
-            waits = verify_before_first_call in backbone._forward_pre_hooks.values()
+            patch = patch_of(backbone)
+            waits = patch is not None and patch.before_first_call is verify_before_first_call
             if waits and is_sharded(backbone):
-                _forget_verification(backbone)
                 _verify(backbone, backbone if by_module else model)
 
     @property
@@ -172,15 +168,8 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def verify_before_first_call(backbone: PreTrainedModel, args: Any, kwargs: Any) -> None:
-    """Forward pre-hook, ahead of the one that packs rows; takes the patch off if that is wrong.
-
-    A plain function without state: models that carry it can be copied and pickled.
-    """
-    _forget_verification(backbone)
-    if patch_of(backbone) is None:  # the script has removed it
-        return
+def verify_before_first_call(backbone: PreTrainedModel) -> None:
+    """Takes the patch off if its results are wrong."""
     on_meta = device_of(backbone).type == "meta"
     if on_meta or is_sharded(backbone):
         absent = _ON_META if on_meta else _GATHERED
@@ -201,13 +190,6 @@ def _verify(backbone: PreTrainedModel, called: nn.Module) -> None:
         patch.stats.bypassed[str(refusal)] += 1
         disable_prefix_sharing(backbone)
         warn_caller(f"{name} runs without prefix sharing: {refusal}")
-
-
-def _forget_verification(backbone: nn.Module) -> None:
-    for key, hook in list(backbone._forward_pre_hooks.items()):
-        if hook is verify_before_first_call:
-            del backbone._forward_pre_hooks[key]
-            backbone._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _roles(trainer: Any) -> list[tuple[PreTrainedModel, str]]:

@@ -82,8 +82,3 @@ def count(text: str) -> int:
             f"{text!r} is given, but must be an integer of at least 1; leave it out for the default"
         )
     return value
-
-
-def with_notes(message: object) -> str:
-    """A message for the command line; of an error, with the notes that were added to it."""
-    return f"{message}" + "".join(f" ({note})" for note in getattr(message, "__notes__", ()))

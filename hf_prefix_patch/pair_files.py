@@ -54,7 +54,7 @@ def read_folder(folder: Path) -> Any:
     Raises:
         FileNotFoundError: a folder that `datasets` did not save.
         ModuleNotFoundError: `datasets` is not installed.
-        ValueError: several splits and none of them "train", or files written in part.
+        ValueError: no example, several splits and none of them "train", or files written in part.
     """
     if find_spec("datasets") is None:
         raise ModuleNotFoundError(
@@ -63,7 +63,13 @@ def read_folder(folder: Path) -> Any:
         )
     from datasets import DatasetDict, load_from_disk  # type: ignore[import-untyped]
 
-    saved = _whole(folder, lambda: load_from_disk(folder), "save it again with save_to_disk")
+    try:
+        saved = _whole(folder, lambda: load_from_disk(folder), "save it again with save_to_disk")
+    except IndexError:  # of no files
+        raise ValueError(
+            f"{folder} holds no example, or a split in it does not, but must hold at least one; "
+            "check how it is made"
+        ) from None
     if not isinstance(saved, DatasetDict):
         return saved
     if "train" not in saved:

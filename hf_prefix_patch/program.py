@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import io
 import os
@@ -18,7 +19,7 @@ def run_file(path: str, args: list[str]) -> None:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {path!r}, but one is needed to run; check the path")
-    absolute = os.path.abspath(path)
+    absolute = os.path.join(os.getcwd(), path)  # as Python writes it, "./" and all
     with io.open_code(absolute) as file:
         code = compile(file.read(), absolute, "exec", dont_inherit=True)
     main = ModuleType("__main__")
@@ -47,7 +48,7 @@ def run_module(name: str, args: list[str]) -> None:
 
 def _find(name: str) -> tuple[ModuleSpec, CodeType]:
     try:
-        spec = importlib.util.find_spec(name)
+        spec = None if name.startswith(".") else importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
             name = f"{name}.__main__"
             spec = importlib.util.find_spec(name)
@@ -73,4 +74,5 @@ def _set_path(directory: str) -> None:
 def _run(code: CodeType, main: ModuleType) -> None:
     """Stays `__main__` for good: threads and exit handlers may pickle what it defines."""
     sys.modules["__main__"] = main
+    vars(main)["__builtins__"] = builtins  # the module; `exec` would put its dict there
     exec(code, vars(main))

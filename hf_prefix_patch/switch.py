@@ -50,6 +50,16 @@ class LaunchOptions:
     keep_groups: bool = False
 
     @classmethod
+    def of_environment(cls) -> LaunchOptions | None:
+        """Those of the environment variable; None where it is not set, empty or `0`.
+
+        Raises:
+            ValueError: as `parse`.
+        """
+        text = os.environ.get(VARIABLE, "")
+        return None if text in ("", "0") else cls.parse(text)
+
+    @classmethod
     def parse(cls, text: str) -> LaunchOptions:
         """From the value of the environment variable: `1`, or a JSON object of options.
 
@@ -103,7 +113,7 @@ def switch_on(options: LaunchOptions) -> Switch:
 
     A second call only sets the options, if no model has come yet.
     """
-    switch = next((finder for finder in sys.meta_path if isinstance(finder, Switch)), None)
+    switch = switch_that_is_on()
     if switch is None:
         switch = Switch(options)
         sys.meta_path.insert(0, switch)
@@ -114,6 +124,11 @@ def switch_on(options: LaunchOptions) -> Switch:
     return switch
 
 
+def switch_that_is_on() -> Switch | None:
+    """That of this process."""
+    return next((finder for finder in sys.meta_path if isinstance(finder, Switch)), None)
+
+
 def switch_on_from_environment() -> None:
     """As the environment variable says; run by `switch.pth` when Python starts.
 
@@ -121,10 +136,11 @@ def switch_on_from_environment() -> None:
     other programs under the same variable are none of its concern.
     """
     try:
-        options, fault = LaunchOptions.parse(os.environ[VARIABLE]), None
+        options, fault = LaunchOptions.of_environment(), None
     except ValueError as error:
         options, fault = LaunchOptions(), str(error)
-    switch_on(options).fault = fault
+    if options is not None:
+        switch_on(options).fault = fault
 
 
 class Switch(MetaPathFinder):

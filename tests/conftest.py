@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ def one_process() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def pipe_without_reader() -> Iterator[TextIO]:
+    """Closed in the end, as standard output is when Python ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        yield pipe
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import redirect_stdout
 from itertools import chain
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def run(path, folder, capsys):
         return json.loads(out) if "--json" in options else out
 
     return run
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_leaves_early(path, folder, pipe_without_reader, options):
+    with redirect_stdout(pipe_without_reader):
+        cli.main(["estimate", str(path), "--tokenizer", str(folder), *options])
 
 
 def data_set(examples, max_length=None, **sizes):

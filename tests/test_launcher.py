@@ -22,6 +22,7 @@ import trl
 from batches import assert_same_run, preference_batch, run
 from families import tiny_model
 from launched_script import both
+from peft import LoraConfig, get_peft_model
 from tiny_trl import (
     assert_same_log,
     assert_same_reference,
@@ -50,10 +51,11 @@ from hf_prefix_patch import (
     disable_prefix_sharing,
     enable_prefix_sharing,
 )
+from hf_prefix_patch.cli import main
 from hf_prefix_patch.collator import PlanningCollator
 from hf_prefix_patch.hooks import patch_of
 from hf_prefix_patch.launch import verify_before_first_call
-from hf_prefix_patch.switch import LaunchOptions, switch_on
+from hf_prefix_patch.switch import LaunchOptions, switch_on, switch_that_is_on
 from hf_prefix_patch.trainer import trainer_patch_of
 from hf_prefix_patch.wrappers import device_of
 
@@ -100,7 +102,7 @@ def stats_of(model):
 
 def waits(model):
     """Whether it will be verified at its first call."""
-    return verify_before_first_call in model.base_model._forward_pre_hooks.values()
+    return patch_of(model.base_model).before_first_call is verify_before_first_call
 
 
 def rows(**options):
@@ -243,6 +245,35 @@ def test_script_that_switches_sharing_off_itself(launched, llama):
     assert not model.base_model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_script_that_switches_sharing_on_itself(launched, llama, verify):
+    """Its own options are what holds, that of verification too: nothing waits any more."""
+    launched()
+    model = load(llama)
+    handle = enable_prefix_sharing(model, backend="sdpa", verify=verify)
+    assert not waits(model)
+    model(**rows())
+    assert (handle.stats.calls, handle.stats.bypassed) == (1, {})
+    assert handle.backend == "sdpa"
+    handle.remove()
+    assert not model.base_model._forward_pre_hooks
+
+
+def test_script_that_switches_sharing_on_in_a_block(launched, llama):
+    """After it the model still waits for the verification of the launcher."""
+    launched()
+    model = get_peft_model(load(llama), LoraConfig())
+    inner = model.get_base_model()
+    with enable_prefix_sharing(model) as sharing:
+        model(**rows())
+        assert sharing.stats.calls == 1
+        assert not waits(inner)
+    assert waits(inner)
+    model(**rows())
+    assert not waits(inner)
+    assert stats_of(inner).calls == 2
+
+
 def test_encoder_is_left_alone_with_a_warning(launched, bert, capsys):
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
     want = AutoModel.from_pretrained(bert)(ids).last_hidden_state
@@ -342,7 +373,7 @@ def test_further_model_of_a_trainer(launched, llama, tmp_path, capsys):
     judged = Judged(trainer.model, trainer.args)
     judge = judged.judges[0].base_model
     assert patch_of(judge) is not None
-    assert verify_before_first_call not in judge._forward_pre_hooks.values()
+    assert patch_of(judge).before_first_call is None
     assert any("(judges[0] of Judged)" in line for line in summary(switch, capsys))
 
 
@@ -682,7 +713,8 @@ if __name__ == "__main__":
     for method in ("fork", "spawn"):
         with multiprocessing.get_context(method).Pool(1) as pool:
             said[method] = pool.map(double, [1, 2])
-    del said["__builtins__"], said["__loader__"], said["__spec__"]
+    said |= {"__builtins__": __builtins__.__name__}
+    del said["__loader__"], said["__spec__"]
     print(json.dumps(sorted(said.items())), __spec__ and __spec__.name, type(__loader__).__name__)
     end = sys.argv[-1]
     if end == "raise":
@@ -692,14 +724,15 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("module", "end", "code"), [(False, "x", 0), (True, "3", 3), (False, "raise", 1)]
+    ("module", "first", "end", "code"),
+    [(False, ["--"], "x", 0), (True, [], "3", 3), (False, [], "raise", 1)],
 )
-def test_script_is_run_as_python_runs_it(tmp_path, monkeypatch, module, end, code):
+def test_script_is_run_as_python_runs_it(tmp_path, monkeypatch, module, first, end, code):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "script.py").write_text(SCRIPT)
-    target = ["-m", "some.script"] if module else ["some/script.py"]
-    arguments = [*target, "--backend", "-m", "--", end]
+    target = ["-m", "some.script"] if module else ["./some/script.py"]
+    arguments = [*target, *first, "--backend", "-m", "--", end]
     want = python(*arguments, code=code)
     got = python("-m", "hf_prefix_patch", "run", *arguments, code=code)
     assert got.stdout == want.stdout
@@ -715,9 +748,25 @@ def test_options_of_the_command_reach_the_processes_of_the_script(tmp_path):
     flags = "--backend flex --no-verify --on-bypass raise --on-refusal warn --log-metrics"
     flags += " --max-tokens-per-batch 512"
     command = ["-m", "hf_prefix_patch", "run", *flags.split(), tmp_path / "script.py"]
-    assert LaunchOptions.parse(python(*command).stdout) == LaunchOptions(
-        "flex", False, "raise", "warn", True, 512
-    )
+    want = LaunchOptions("flex", False, "raise", "warn", True, 512)
+    assert LaunchOptions.parse(python(*command).stdout) == want
+    # The variable as it was found says what the command does not.
+    variable = {"HF_PREFIX_PATCH": '{"backend": "sdpa", "keep_groups": true, "log_metrics": true}'}
+    command = ["-m", "hf_prefix_patch", "run", "--backend", "flex", tmp_path / "script.py"]
+    got = LaunchOptions.parse(python(*command, **variable).stdout)
+    assert got == LaunchOptions("flex", keep_groups=True, log_metrics=True)
+    assert LaunchOptions.parse(python(*command, HF_PREFIX_PATCH="0").stdout).backend == "flex"
+    bad = python(*command, HF_PREFIX_PATCH='{"backend": "no"}', code=2).stderr
+    assert "error: HF_PREFIX_PATCH sets backend to 'no', but must set it to one of" in bad
+
+
+def test_other_commands_are_not_launched(launched, llama):
+    """`verify` shares by itself what it has first run unshared."""
+    launched(backend="nosuch")
+    with pytest.raises(SystemExit) as end:
+        main(["verify", llama, "--pairs", "2", "--repeats", "1"])
+    assert end.value.code == 0
+    assert switch_that_is_on() is None
 
 
 def test_command_line(tmp_path):
@@ -746,7 +795,7 @@ def test_command_line(tmp_path):
     assert "variable" not in missing
     installed = python(*program, "run", "sh", code=2).stderr
     assert "For an installed command set the variable instead: HF_PREFIX_PATCH=1 sh" in installed
-    for module in ("nosuch.module", "json"):
+    for module in ("nosuch.module", "json", ".json"):
         missing = python(*program, "run", "-m", module, code=1).stderr
         assert "that can be run" in missing
 

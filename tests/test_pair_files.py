@@ -120,6 +120,20 @@ def test_folders_written_in_part(tmp_path):
         read_pairs(path)
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "saved", "splits"])
+def test_tables_without_examples(tmp_path, name):
+    path = tmp_path / name
+    empty = Dataset.from_list(PAIRS).select([])
+    if name == "a.parquet":
+        empty.to_parquet(path)
+    elif name == "saved":
+        empty.save_to_disk(path)
+    else:
+        DatasetDict(train=Dataset.from_list(PAIRS), test=empty).save_to_disk(path)
+    with pytest.raises(ValueError, match=rf"{name} holds no example"):
+        tokenize_preferences(path, tiny_tokenizer(), progress=False)
+
+
 def test_formats_that_take_a_package(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", PAIRS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,14 @@ def test_random_pairs(folder, verified):
     assert out.endswith(
         "\n\nequal: log-probs and gradients differ by no more than the model's own noise\n"
     )
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_leaves_early(folder, pipe_without_reader, options):
+    """As in `verify ... | head -1`: what was found is what the exit code says."""
+    with pytest.raises(SystemExit) as stop, redirect_stdout(pipe_without_reader):
+        main(["verify", str(folder), "--pairs", "2", "--no-gradients", *options])
+    assert stop.value.code == EQUAL
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -18,7 +18,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_prefix_patch.options import count, name, seed, with_notes
+from hf_prefix_patch.commands.output import reader_may_leave, with_notes
+from hf_prefix_patch.options import count, name, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,10 +105,11 @@ def main(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
         )
         found = estimate(data, setting, shape, refusal)
-        if arguments.json:
-            print(json.dumps(report.as_dict(found), indent=2))
-        else:
-            print(report.as_text(found))
+        with reader_may_leave():
+            if arguments.json:
+                print(json.dumps(report.as_dict(found), indent=2))
+            else:
+                print(report.as_text(found))
         if arguments.plot is not None:
             report.draw(found, arguments.plot)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -9,7 +9,8 @@ they come; the script itself stays as it is.
   torchrun --nproc-per-node 8 -m hf_prefix_patch run train.py
 
 Processes that the script starts share too, through the variable HF_PREFIX_PATCH, which does the
-same without this command: HF_PREFIX_PATCH=1 trl dpo ...
+same without this command: HF_PREFIX_PATCH=1 trl dpo ... Options here go before those that are set
+there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import atexit
 import os
 import shutil
 import sys
+from dataclasses import fields, replace
 
 from hf_prefix_patch.options import count, json_object
 from hf_prefix_patch.program import run_file, run_module
@@ -28,46 +30,48 @@ from hf_prefix_patch.switch import CHOICES, VARIABLE, LaunchOptions, switch_on
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "hf-prefix-patch run [options] (SCRIPT | -m MODULE) [ARGUMENTS ...]"
     parser.add_argument("-m", "--module", action="store_true", help="SCRIPT names a module")
-    parser.add_argument(
+    # Left out where they are not given: the variable may have them.
+    options = parser.add_argument_group("sharing", argument_default=argparse.SUPPRESS)
+    options.add_argument(
         "--backend",
         choices=CHOICES["backend"],
-        default="auto",
         metavar="NAME",
         help="attention backend: auto (default), torch_varlen, flash, sdpa or flex",
     )
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare shared with unshared results"
+    options.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not compare shared with unshared results",
     )
-    parser.add_argument(
+    options.add_argument(
         "--on-bypass",
         choices=CHOICES["on_bypass"],
-        default="warn",
         help="what a training call that cannot be shared does beside running unshared",
     )
-    parser.add_argument(
+    options.add_argument(
         "--on-refusal",
         choices=CHOICES["on_refusal"],
-        default="raise",
         help="what a trainer whose model cannot be shared does: raise (default), or warn and train "
         "unshared; models that no trainer takes always warn",
     )
-    parser.add_argument(
+    options.add_argument(
         "--log-metrics", action="store_true", help="add the sharing ratio to what trainers log"
     )
-    parser.add_argument(
+    options.add_argument(
         "--max-tokens-per-batch",
         type=count,
         metavar="N",
         help="training batches of at most so many unique tokens on each device",
     )
-    parser.add_argument(
+    options.add_argument(
         "--sampler-options",
         type=json_object,
         metavar="JSON",
         help="""how those are made: arguments of PrefixSharingBatchSampler, as '{"oversized": """
         """"skip"}'""",
     )
-    parser.add_argument(
+    options.add_argument(
         "--keep-groups",
         action="store_true",
         help="deal out the completions of a prompt together (GRPO, RLOO)",
@@ -80,7 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.sampler_options is not None and arguments.max_tokens_per_batch is None:
+    try:
+        options = LaunchOptions.of_environment() or LaunchOptions()
+    except ValueError as error:
+        arguments.parser.error(str(error))
+    names = {field.name for field in fields(options)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    options = replace(options, **given)
+    if options.sampler_options is not None and options.max_tokens_per_batch is None:
         arguments.parser.error(
             "--sampler-options are for the batches of --max-tokens-per-batch; give that too"
         )
@@ -92,25 +103,22 @@ def main(arguments: argparse.Namespace) -> None:
                 f"{VARIABLE}=1 {arguments.script} ..."
             )
         arguments.parser.error(message)
-    options = LaunchOptions(
-        backend=arguments.backend,
-        verify=not arguments.no_verify,
-        on_bypass=arguments.on_bypass,
-        on_refusal=arguments.on_refusal,
-        log_metrics=arguments.log_metrics,
-        max_tokens_per_batch=arguments.max_tokens_per_batch,
-        sampler_options=arguments.sampler_options,
-        keep_groups=arguments.keep_groups,
-    )
     os.environ[VARIABLE] = str(options)
     switch = switch_on(options)
     say = atexit.register(lambda: None if switch.used else _say_unused())
     try:
-        (run_module if arguments.module else run_file)(arguments.script, arguments.arguments)
+        (run_module if arguments.module else run_file)(arguments.script, _of_script(arguments))
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code:  # has something else to say
             atexit.unregister(say)
         raise
+
+
+def _of_script(arguments: argparse.Namespace) -> list[str]:
+    """The arguments of the script, of which argparse takes away a `--` that comes first."""
+    given: list[str] = arguments.given
+    start = len(given) - len(arguments.arguments)
+    return given[start - (given[start - 1] == "--") :]
 
 
 def _say_unused() -> None:

@@ -24,7 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hf_prefix_patch.options import count, name, seed, with_notes
+from hf_prefix_patch.commands.output import reader_may_leave, with_notes
+from hf_prefix_patch.options import count, name, seed
 from hf_prefix_patch.switch import CHOICES
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def _verify(arguments: argparse.Namespace) -> int:
             raise
         return _fail(DIFFERENT, error)
     show = _show_json if arguments.json else _show
-    show(arguments, model, found, batch)
+    with reader_may_leave():
+        show(arguments, model, found, batch)
     return _CODES[found.verdict]
 
 
