@@ -141,8 +141,8 @@ def _check_call(
     if config.prefix_sharing_slides is not None and given != wanted:
         raise NotImplementedError(
             f"{name} passes the sliding window {given} to its attention function, but the config "
-            f"says {wanted}; set sliding_window=None there if no layer has one, or leave this "
-            "model unpatched"
+            f"says {wanted}; set sliding_window there to what the layers were made with, None if "
+            "no layer has one, or leave this model unpatched"
         )
 
 

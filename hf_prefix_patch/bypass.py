@@ -58,7 +58,8 @@ ADVICE = {
     "the known ones",
     "bidirectional attention": "set is_causal and use_bidirectional_attention back in the model's "
     "config, or is_causal of its attention modules",
-    LAYERS_CHANGED: "call enable_prefix_sharing again",
+    LAYERS_CHANGED: "call enable_prefix_sharing again, or set config.sliding_window back if it "
+    "changed",
     "attention function '...'": "load the model with attn_implementation='sdpa', if the function "
     "computes the same",
     "NEFTune": "set neftune_noise_alpha=None",

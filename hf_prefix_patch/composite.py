@@ -194,9 +194,9 @@ def pack_embeddings(
     call: PlannedCall | None = kwargs.get(CALL)
     if call is None:
         return None
-    inputs = by_name(decoder, args, kwargs)
-    del inputs[CALL]
-    inputs, reason = call.pack(decoder, inputs)
+    given = by_name(decoder, args, kwargs)
+    del given[CALL]
+    inputs, reason = call.pack(decoder, given)
     if reason is not None:
         if call.packed:
             raise ValueError(
@@ -205,7 +205,8 @@ def pack_embeddings(
         call.patch.bypass(reason, training=decoder.training and torch.is_grad_enabled())
         return (), inputs
     device = _tokens(inputs).device
-    arguments = call.patch.packed_arguments(decoder, call.plan, device, call.packed)
+    rows = None if call.packed else given
+    arguments = call.patch.packed_arguments(decoder, call.plan, device, rows)
     if inputs.get("position_ids") is not None:
         del arguments["position_ids"]
     return (), inputs | arguments

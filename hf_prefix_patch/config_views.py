@@ -73,7 +73,7 @@ class Views:
             config: Any = module.config
             again = bool(self._layers) and isinstance(config, _SharedAttentionConfig)
             original = config.prefix_sharing_original if again else config
-            fits = again and config.prefix_sharing_slides == slides
+            fits = again and _fits(module, slides)
             view = config if fits else _SharedAttentionConfig(original, slides)
             module.config = views.setdefault((id(original), slides), view)
         self._modules = [module for module, _ in found]
@@ -91,7 +91,8 @@ class Views:
         if any(getattr(module, "is_causal", True) is False for module in self._modules):
             return "bidirectional attention"
         if _layers(decoder) != self._layers:
-            if not all(_fits(module, slides) for module, slides in _attention(decoder)):
+            found = list(_attention(decoder))
+            if not all(_fits(module, slides) and _has_window(module) for module, slides in found):
                 return LAYERS_CHANGED
             self.give(decoder)  # wrapped, or changed in what attention does not depend on
         return None
@@ -110,6 +111,14 @@ def _fits(module: nn.Module, slides: bool | None) -> bool:
     # A window that is taken away while layers have one kind is read at every call.
     unnamed = named_layer_types(view) is None and sliding_window(view) is None
     return view.prefix_sharing_slides == slides or (bool(view.prefix_sharing_slides) and unnamed)
+
+
+def _has_window(module: nn.Module) -> bool:
+    """Whether a window that a module has kept from its config is still the one there, which masks
+    are made from."""
+    view: Any = module.config
+    kept = getattr(module, "sliding_window", None)
+    return kept is None or not view.prefix_sharing_slides or kept == sliding_window(view)
 
 
 def _attention(decoder: PreTrainedModel) -> Iterator[tuple[nn.Module, bool | None]]:
@@ -133,4 +142,4 @@ def _layers(decoder: PreTrainedModel) -> tuple[Any, ...]:
     parts = [x for child in decoder.children() for x in (child, *child.children())]
     lists = [tuple(x) for x in parts if isinstance(x, nn.ModuleList)]
     config = decoder.config
-    return lists, list(named_layer_types(config) or ()), sliding_window(config) is None
+    return lists, list(named_layer_types(config) or ()), sliding_window(config)

@@ -171,12 +171,17 @@ class BackbonePatch:
         return self._selections[key]
 
     def packed_arguments(
-        self, decoder: PreTrainedModel, plan: Plan, device: torch.device, packed: bool
+        self,
+        decoder: PreTrainedModel,
+        plan: Plan,
+        device: torch.device,
+        given: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """What goes with the tokens of a packed row: a call of the decoder, counted here.
 
         Args:
-            packed: whether the caller gave the packed row, and gets one back.
+            given: the arguments of a call with rows, as forward hooks see them; None if the caller
+                gave the packed row, and gets one back.
         """
         seen, tree = self.seen(decoder), plan.on(device)
         self.last = chosen = self.selection(decoder, seen)
@@ -187,7 +192,7 @@ class BackbonePatch:
             "use_cache": False,
             "tree_backend": chosen.backend,
             "tree_seen": seen,
-            "tree_rows": None if packed else _Rows(tree),
+            "tree_rows": None if given is None else _Rows(tree, given),
         }
         if self.recurrence is not None:
             arguments["tree_recurrence"] = self.recurrence
@@ -271,7 +276,8 @@ def pack_rows(
         patch = patch_of(backbone)
     if patch is None or kwargs is None:  # it was taken off right before
         return None
-    inputs, decoder = by_name(backbone, args, kwargs), decoder_of(backbone)
+    inputs = given = by_name(backbone, args, kwargs)
+    decoder = decoder_of(backbone)
     packed, media = is_packed(inputs), media_of(backbone, decoder, inputs)
     times = 1  # that images are seen to repeat
     if packed:
@@ -298,7 +304,8 @@ def pack_rows(
     ids = inputs["input_ids"]
     if not packed:
         inputs["input_ids"] = plan.on(ids.device).pack(ids)
-    return (), inputs | patch.packed_arguments(backbone, plan, ids.device, packed)
+    given_rows = None if packed else given
+    return (), inputs | patch.packed_arguments(backbone, plan, ids.device, given_rows)
 
 
 def _plan_rows(
@@ -342,7 +349,8 @@ def _misfit(
 def unpack_rows(
     backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    """Forward hook: give everything that the decoder stack returns back as rows."""
+    """Forward hook: give everything that the decoder stack returns back as rows, and let the hooks
+    after this one see the arguments of the call as they were."""
     if kwargs.get("tree_backend") is not None:
         ask_in_backward(backbone, output[0], unpack_rows)
     rows: _Rows | None = kwargs.get("tree_rows")
@@ -350,12 +358,16 @@ def unpack_rows(
         return output
     if output[0].shape[:2] != (1, rows.tree.packed_tokens):
         raise not_packed(backbone, output[0].shape)
+    kwargs.clear()
+    kwargs.update(rows.given)
+    rows.given = {}  # checkpointed layers keep these rows until backward
     return unpack_output(rows.tree, output)
 
 
 class _Rows:
-    """Takes the tree from hook to hook through the layers, which have no use for it: compiled code
-    looks into a dataclass (torch 2.11), and is made anew for trees of another size."""
+    """Takes the tree and the arguments of the call from hook to hook through the layers, which have
+    no use for them: compiled code looks into a dataclass (torch 2.11), and is made anew for trees
+    of another size."""
 
-    def __init__(self, tree: PrefixTree) -> None:
-        self.tree = tree
+    def __init__(self, tree: PrefixTree, given: dict[str, Any]) -> None:
+        self.tree, self.given = tree, given

@@ -36,14 +36,14 @@ class PrefixSharing:
 
     As a context manager it removes the patch on exit. Of a model that was shared already, it brings
     back the options that it found, those of its trainer as well, and sharing goes on. It keeps no
-    model alive.
+    model and no trainer alive.
     """
 
     def __init__(self, shared: list[Shared]) -> None:
         self._backbones = [weakref.ref(x.backbone) for x in shared]
         self._found = [x.found for x in shared]
         self._patches = [patch for patch in map(patch_of, self.backbones) if patch is not None]
-        self._trainer_patch: TrainerPatch | None = None
+        self._trainer_patch: weakref.ref[TrainerPatch] | None = None
         self._sampler: PrefixSharingBatchSampler | None = None
 
     @property
@@ -84,9 +84,10 @@ class PrefixSharing:
         self._undo([None for _ in self._backbones])
 
     def _undo(self, found: list[Options | None]) -> None:
-        if self._trainer_patch is not None:
-            self._undo_trainer(self._trainer_patch, found[0] is not None)
-            self._trainer_patch = None
+        on_trainer = None if self._trainer_patch is None else self._trainer_patch()
+        if on_trainer is not None:
+            self._undo_trainer(on_trainer, found[0] is not None)
+        self._trainer_patch = None
         for ref, patch, options in zip(self._backbones, self._patches, found, strict=True):
             backbone = ref()
             if backbone is None or patch_of(backbone) is not patch:
@@ -223,7 +224,7 @@ def enable_prefix_sharing(
                     )
         handle = PrefixSharing(shared)
         if trainer is not None:
-            handle._trainer_patch = on_trainer = TrainerPatch(
+            on_trainer = TrainerPatch(
                 trainer,
                 handle,
                 on_bypass,
@@ -232,6 +233,7 @@ def enable_prefix_sharing(
                 sampler_options or {},
                 keep_groups,
             )
+            handle._trainer_patch = weakref.ref(on_trainer)
             if on_trainer.budget is not None:
                 handle._sampler = on_trainer.budget.sampler
         undo.pop_all()

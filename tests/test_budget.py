@@ -1,11 +1,13 @@
 """Trainers with our collator, and with batches by token budget."""
 
+import gc
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -419,6 +421,23 @@ def test_an_inner_context_gives_the_trainer_back(llama, tmp_path):
         assert outer.stats.calls > 0
     assert batches_of(trainer) == 3
     assert len(outer.sampler) == 1  # as it was
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_a_handle_keeps_no_trainer_alive(llama, tmp_path, disabled):
+    """Its counters are read when the trainer and its models are gone."""
+    trainer = build_trainer(load(llama), tmp_path, max_steps=1)
+    handle = enable_prefix_sharing(trainer, max_tokens_per_batch=BUDGET, log_metrics=True)
+    trainer.train()
+    if disabled:
+        disable_prefix_sharing(trainer)
+    alive = [weakref.ref(x) for x in (trainer, trainer.model, trainer.ref_model)]
+    del trainer
+    gc.collect()
+    assert [part() for part in alive] == [None] * 3
+    assert handle.stats.calls == 2
+    assert len(handle.sampler) > 1
+    handle.remove()
 
 
 def test_what_is_set_while_sharing_is_on_stays(llama, tmp_path):

@@ -189,6 +189,25 @@ def test_places_in_a_cache_of_which_there_is_none():
     assert (sharing.stats.calls, seen) == (1, [False])
 
 
+def test_hooks_on_the_decoder_see_rows():
+    """What the composite called it with, as unpatched."""
+    model, batch, seen = tiny_composite("qwen2.5-vl"), text_batch(), []
+
+    def keep(decoder, args, kwargs, output):
+        seen.append((output[0].shape, kwargs))
+
+    model.model.language_model.register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model(**batch.inputs, use_cache=False)
+        with enable_prefix_sharing(model, verify=False) as sharing:
+            model(**batch.inputs, use_cache=False)
+    assert sharing.stats.calls == 1
+    (want_shape, want), (shape, kwargs) = seen
+    assert shape == want_shape
+    assert kwargs.keys() == want.keys()
+    torch.testing.assert_close(kwargs, want)
+
+
 def test_positions_given_by_the_caller():
     model = tiny_composite("qwen2.5-vl")
     batch, positions = left_padded_with_positions(vocab=45)

@@ -9,7 +9,11 @@ from families import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_prefix_patch import DataCollatorWithPrefixSharing, enable_prefix_sharing
+from hf_prefix_patch import (
+    DataCollatorWithPrefixSharing,
+    disable_prefix_sharing,
+    enable_prefix_sharing,
+)
 from hf_prefix_patch.bypass import LAYERS_CHANGED
 
 # Before transformers 5 a layer knows its kind, wherever it stands.
@@ -27,6 +31,12 @@ def long_batch():
     generator = torch.Generator().manual_seed(0)
     prompt, *ends = (torch.randint(3, 50, (n,), generator=generator).tolist() for n in (33, 9, 6))
     return pad_rows([prompt + end for end in ends], [33, 33], "right")
+
+
+def unpatched(model, batch):
+    copied = copy.deepcopy(model)
+    disable_prefix_sharing(copied)
+    return run(copied, batch)
 
 
 def prune(model):
@@ -74,6 +84,34 @@ def test_kinds_of_layers_that_have_moved_are_refused(family, change):
     change(model)
     with pytest.raises(NotImplementedError, match=r"sliding window .* but the config says"):
         enable_prefix_sharing(model)
+
+
+def test_a_window_that_layers_read_at_every_call():
+    """Another one, none, and the first again: shared with each."""
+    model, batch = tiny_model("mistral-window"), preference_batch()
+    first = model.config.sliding_window
+    with enable_prefix_sharing(model) as sharing:
+        for window in (first - 1, None, first):
+            model.config.sliding_window = window
+            got = run(model, batch)
+            assert_same_run(got, unpatched(model, batch))
+    assert (sharing.stats.calls, sharing.stats.bypassed) == (3, {})
+
+
+@by_place
+@pytest.mark.parametrize("family", MIXED)
+def test_a_window_that_layers_have_kept(family):
+    """The masks of the unpatched model have that of the config: bypassed until it is set back."""
+    model, batch = mixed_model(family), long_batch()
+    with enable_prefix_sharing(model) as sharing:
+        first, model.config.sliding_window = model.config.sliding_window, 6
+        with pytest.warns(UserWarning, match=f"bypassed: {LAYERS_CHANGED}.*sliding_window back"):
+            got = run(model, batch)
+        assert_same_run(got, unpatched(model, batch))
+        model.config.sliding_window = first
+        got = run(model, batch)
+        assert_same_run(got, unpatched(model, batch))
+    assert sharing.stats.calls == sharing.stats.bypassed[LAYERS_CHANGED] == 1
 
 
 @pytest.mark.parametrize("change", [prune, turn_round])
@@ -247,7 +285,7 @@ def test_what_is_written_to_the_config_of_an_attention_module():
 def test_a_window_that_no_layer_has():
     """A name left over in a config, which transformers does not read there."""
     model, batch = tiny_model(sliding_window=4096), preference_batch()
-    with pytest.raises(NotImplementedError, match="set sliding_window=None there if no layer has"):
+    with pytest.raises(NotImplementedError, match=r"set sliding_window there .* None if no"):
         enable_prefix_sharing(model)
     model.config.sliding_window = None
     with enable_prefix_sharing(model) as sharing:

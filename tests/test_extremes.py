@@ -352,25 +352,29 @@ def test_hooks_that_add_a_value_for_each_row():
 
 
 def test_hooks_on_the_stack_see_rows():
-    """Whenever they were registered: value heads, and what keeps hidden states."""
+    """Whenever they were registered: value heads, and what keeps hidden states. They see the
+    arguments of the call as well, which say where a row ends."""
     model, batch = tiny_model(), preference_batch()
     seen = []
 
-    def keep(stack, args, output):
-        seen.append(output[0].detach())
+    def keep(stack, args, kwargs, output):
+        seen.append((output[0].detach(), args, kwargs))
 
     with torch.no_grad():
-        model.model.register_forward_hook(keep)
+        model.model.register_forward_hook(keep, with_kwargs=True)
         model(**batch.inputs, use_cache=False)
         with enable_prefix_sharing(model) as sharing:
-            model.model.register_forward_hook(keep)
+            model.model.register_forward_hook(keep, with_kwargs=True)
             seen[1:] = []  # of verification
             model(**batch.inputs, use_cache=False)
     assert sharing.stats.calls == 1
     assert len(seen) == 3
     real = batch.attention_mask.bool()
-    for got in seen[1:]:
-        torch.testing.assert_close(got[real], seen[0][real], atol=1e-5, rtol=1e-4)
+    want, *others = seen
+    for got in others:
+        torch.testing.assert_close(got[0][real], want[0][real], atol=1e-5, rtol=1e-4)
+        assert got[1:] == want[1:]
+        assert got[2]["input_ids"] is batch.inputs["input_ids"]
 
 
 def test_a_tensor_that_is_returned_twice_stays_one():
