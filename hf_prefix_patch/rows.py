@@ -82,7 +82,8 @@ def _as_rows(name: str, x: ArrayLike, shape: torch.Size | None = None) -> Tensor
         ) from None
     if not rows.numel() and isinstance(x, Sequence):  # nothing says what an empty list holds
         rows = torch.zeros((len(x), 0), dtype=torch.int64)
-    if name != "attention_mask" and (rows.is_floating_point() or rows.dtype == torch.bool):
+    others = rows.is_floating_point() or rows.dtype == torch.bool
+    if rows.is_complex() or (others and name != "attention_mask"):
         raise TypeError(
             f"{name} is of {rows.dtype}, but must be of integers; pass {name}.long() if these are "
             "whole numbers"
@@ -111,7 +112,7 @@ def not_a_mask(mask: ArrayLike) -> ValueError:
 
 def check_descriptor(name: str, x: Any) -> None:
     """Refuse a descriptor of a packed row that holds no integers."""
-    if not isinstance(x, Tensor) or x.is_floating_point():
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex():
         given = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise TypeError(
             f"{name} is {given}, but must be a tensor of integers; pass what "

@@ -164,7 +164,8 @@ class PrefixTree:
             The plan, its tensors on the host.
 
         Raises:
-            ValueError: descriptors that do not fit the packed row or one another, or hold no data.
+            ValueError: descriptors that do not fit the packed row or one another, hold no data, or
+                are not laid out depth-first in whole segments.
             TypeError: descriptors that are no tensors of integers.
 
         Examples:
@@ -293,8 +294,9 @@ def select_tokens(x: Tensor, index: Tensor) -> Tensor:
     in the dtype of `x`, CUDA in any order.
     """
     index = index.to(x.device)
-    at_least_fp32 = torch.promote_types(x.dtype, torch.float32)
-    wide = x.to(at_least_fp32) if x.requires_grad and x.device.type != "cpu" else x
+    if x.device.type == "cpu" or not x.requires_grad:
+        return x.index_select(0, index)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide.index_select(0, index).to(x.dtype)
 
 

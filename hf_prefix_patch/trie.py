@@ -96,6 +96,7 @@ def trie_of_descriptors(
     before = kv_index[np.maximum(cu_k[1:] - np.diff(cu_q) - 1, 0)]
     is_root = np.diff(cu_q) == np.diff(cu_k)
     parents = np.where(is_root, -1, np.searchsorted(cu_q, before, side="right") - 1)
+    _check_paths(parents.tolist(), np.diff(cu_q).tolist(), np.split(kv_index, cu_k[1:-1]))
     leaves = np.setdiff1d(np.arange(len(parents)), parents)
     paths = [kv_index[cu_k[leaf] : cu_k[leaf + 1]] for leaf in leaves]
     length = max(map(len, paths))
@@ -151,3 +152,31 @@ def _check_descriptors(
             f"{tokens} tokens; pass those of the same batch, from PrefixTree.model_kwargs() or a "
             "collator with layout='packed'"
         )
+
+
+def _check_paths(parents: list[int], lengths: list[int], paths: list[np.ndarray]) -> None:
+    """Refuse paths that backends would read as others: they go by parents, and by order.
+
+    Args:
+        parents: of each segment, that of the last key before its own.
+        lengths: of each segment, its own tokens.
+        paths: of each segment, as packed positions.
+    """
+    open_segments: list[int] = []  # from a root to the segment before
+    for segment, (parent, length, path) in enumerate(zip(parents, lengths, paths, strict=True)):
+        while open_segments and open_segments[-1] != parent:
+            open_segments.pop()
+        above = paths[parent] if open_segments else path[:0]
+        if not np.array_equal(path[: len(path) - length], above):
+            raise ValueError(
+                f"segment {segment} of the tree_* descriptors, counted from 0, has the keys "
+                f"{_shown(path[: len(path) - length])} before its own, but they must be the whole "
+                "path of the segment before it or of one on that path; end segments where others "
+                "branch off and lay them out depth-first, as PrefixTree.model_kwargs() does"
+            )
+        open_segments.append(segment)
+
+
+def _shown(keys: np.ndarray) -> str:
+    first = ", ".join(map(str, keys[:8]))
+    return f"[{first}{', ...' if len(keys) > 8 else ''}]"

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -143,6 +144,26 @@ def test_descriptors_give_the_tree_back(batch):
     assert got.row_tokens == sum(tree.path_lengths[leaf] for leaf in leaves)
 
 
+@pytest.mark.parametrize(
+    ("ends", "paths"),
+    [
+        pytest.param([2, 3, 4], [[0, 1], [0, 1, 2], [0, 3]], id="branches inside of a segment"),
+        pytest.param([2, 3, 4], [[0, 1], [0, 1, 2], [1, 3]], id="a key left out"),
+        pytest.param([2, 3, 4], [[0, 1], [0, 1, 2], [0, 1, 1, 3]], id="a key twice"),
+        pytest.param([2, 3, 4], [[0, 1], [0, 1, 2], [1, 0, 3]], id="keys in another order"),
+        pytest.param([1, 2, 3, 4], [[0], [0, 1], [0, 2], [0, 1, 2, 3]], id="two branches in one"),
+        pytest.param([1, 2, 3, 4], [[0], [0, 1], [0, 2], [0, 1, 3]], id="not depth-first"),
+    ],
+)
+def test_descriptors_that_backends_would_read_otherwise(ends, paths):
+    """They go by the parents of segments, in depth-first order."""
+    depth = [0, 1, 2, 2] if len(ends) == 3 else [0, 1, 1, 2]
+    bounds = torch.tensor([0, *map(len, paths)]).cumsum(0)
+    keys = torch.tensor([key for path in paths for key in path])
+    with pytest.raises(ValueError, match=rf"segment {len(ends) - 1} of .* lay them out depth-firs"):
+        PrefixTree.from_descriptors(torch.tensor([depth]), keys, torch.tensor([0, *ends]), bounds)
+
+
 @given(batches())
 @settings(deadline=None, max_examples=100)
 def test_gradients_sum_over_duplicates(batch):
@@ -166,6 +187,14 @@ def test_plan_of_a_pair_by_hand():
     assert tree.cu_seqlens_k.tolist() == [0, 2, 6, 9]
     assert tree.kv_index.dtype == torch.int64
     assert tree.cu_seqlens_q.dtype == tree.cu_seqlens_k.dtype == torch.int32
+
+
+def test_complex_numbers_are_no_ids():
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"input_ids is of torch\.complex64"):
+        PrefixTree.from_rows(ids.to(torch.complex64))
+    with pytest.raises(TypeError, match=r"attention_mask is of torch\.complex64"):
+        PrefixTree.from_rows(ids, ids.to(torch.complex64))
 
 
 def test_a_row_alone_and_identical_rows():
