@@ -93,15 +93,16 @@ def trie_of_descriptors(
         ValueError: descriptors that do not fit the packed row or one another.
     """
     _check_descriptors(len(position_ids), kv_index, cu_q, cu_k)
-    before = kv_index[np.maximum(cu_k[1:] - np.diff(cu_q) - 1, 0)]
-    is_root = np.diff(cu_q) == np.diff(cu_k)
+    paths, own = np.split(kv_index, cu_k[1:-1]), np.diff(cu_q)
+    before = kv_index[np.maximum(cu_k[1:] - own - 1, 0)]
+    is_root = own == np.diff(cu_k)
     parents = np.where(is_root, -1, np.searchsorted(cu_q, before, side="right") - 1)
-    _check_paths(parents.tolist(), np.diff(cu_q).tolist(), np.split(kv_index, cu_k[1:-1]))
-    leaves = np.setdiff1d(np.arange(len(parents)), parents)
-    paths = [kv_index[cu_k[leaf] : cu_k[leaf + 1]] for leaf in leaves]
-    length = max(map(len, paths))
-    cells = [row * length + np.arange(len(path)) for row, path in enumerate(paths)]
-    packed_index, cell = np.concatenate(paths), np.concatenate(cells)
+    inherited = [path[: len(path) - n] for path, n in zip(paths, own.tolist(), strict=True)]
+    _check_paths(parents.tolist(), paths, inherited)
+    rows = [paths[leaf] for leaf in np.setdiff1d(np.arange(len(parents)), parents)]
+    length = max(map(len, rows))
+    cells = [row * length + np.arange(len(path)) for row, path in enumerate(rows)]
+    packed_index, cell = np.concatenate(rows), np.concatenate(cells)
     source = np.empty(len(position_ids), np.int64)
     source[packed_index[::-1]] = cell[::-1]  # of several rows the first
     plan = {
@@ -114,7 +115,7 @@ def trie_of_descriptors(
         "cu_seqlens_k": cu_k.astype(np.int32),
         "parents": parents,
     }
-    return len(paths), length, plan
+    return len(rows), length, plan
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -154,25 +155,24 @@ def _check_descriptors(
         )
 
 
-def _check_paths(parents: list[int], lengths: list[int], paths: list[np.ndarray]) -> None:
+def _check_paths(parents: list[int], paths: list[np.ndarray], inherited: list[np.ndarray]) -> None:
     """Refuse paths that backends would read as others: they go by parents, and by order.
 
     Args:
         parents: of each segment, that of the last key before its own.
-        lengths: of each segment, its own tokens.
         paths: of each segment, as packed positions.
+        inherited: the same without the segment's own tokens.
     """
     open_segments: list[int] = []  # from a root to the segment before
-    for segment, (parent, length, path) in enumerate(zip(parents, lengths, paths, strict=True)):
+    for segment, (parent, keys) in enumerate(zip(parents, inherited, strict=True)):
         while open_segments and open_segments[-1] != parent:
             open_segments.pop()
-        above = paths[parent] if open_segments else path[:0]
-        if not np.array_equal(path[: len(path) - length], above):
+        if not np.array_equal(keys, paths[parent] if open_segments else keys[:0]):
             raise ValueError(
                 f"segment {segment} of the tree_* descriptors, counted from 0, has the keys "
-                f"{_shown(path[: len(path) - length])} before its own, but they must be the whole "
-                "path of the segment before it or of one on that path; end segments where others "
-                "branch off and lay them out depth-first, as PrefixTree.model_kwargs() does"
+                f"{_shown(keys)} before its own, but they must be the whole path of the segment "
+                "before it or of one on that path; end segments where others branch off and lay "
+                "them out depth-first, as PrefixTree.model_kwargs() does"
             )
         open_segments.append(segment)
 
