@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from hf_prefix_patch import PrefixTree
 from hf_prefix_patch.backends import flex
+from hf_prefix_patch.backends.base import Needs
 from hf_prefix_patch.reference import duplicated_rows_attention
 
 CPU = torch.device("cpu")
@@ -58,6 +60,37 @@ def mask_of(block_mask):
     partial, full = blocks.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :n, :m]
     assert not (partial & full).any()
     return (partial & exact) | full, partial | full
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "memory", "forward", "backward"),
+    [
+        ({64, 128}, torch.bfloat16, 99, None, None),
+        ({64}, torch.float32, 99, None, None),
+        ({256}, torch.bfloat16, 227, None, None),
+        ({192, 128}, torch.float16, 227, None, None),
+        ({256}, torch.float32, 227, None, None),
+        ({192, 128}, torch.bfloat16, 99, 32, 32),
+        ({256}, torch.float16, 99, 32, 32),
+        ({80}, torch.float32, 163, 32, None),
+        ({256, 512}, torch.bfloat16, 227, 32, None),
+    ],
+)
+def test_tiles_fit_into_the_shared_memory_of_the_card(
+    monkeypatch, sizes, dtype, memory, forward, backward
+):
+    """`memory` in KiB. What each took was read off the kernels that torch 2.11 compiles."""
+    card = SimpleNamespace(shared_memory_per_block_optin=memory * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(flex, "tree_block_mask", lambda *args: None)
+    needs = Needs(
+        torch.device("cuda"), dtype, "sdpa", frozenset(sizes), frozenset({None}), frozenset()
+    )
+    tiles = flex.FLEX.plan(PrefixTree.from_rows([[1]]), needs)["tree_tiles"] or {}
+    assert tiles.get("fwd_BLOCK_M") == tiles.get("fwd_BLOCK_N") == forward
+    assert tiles.get("bwd_BLOCK_M1") == tiles.get("bwd_BLOCK_N2") == backward
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # PyTorch chooses others there
+    assert flex.FLEX.plan(PrefixTree.from_rows([[1]]), needs)["tree_tiles"] is None
 
 
 @given(batches(), st.sampled_from([None, 1, 2, 5]))
@@ -107,8 +140,9 @@ def test_forward_equals_duplicated_rows(monkeypatch, window, softcap):
 def test_sinks_take_their_share(monkeypatch):
     """By the log-sum-exp, which the kernel has on CUDA only: here an emulator returns it."""
 
-    def emulated(q, k, v, score_mod, block_mask, scale, enable_gqa, return_aux):
+    def emulated(q, k, v, score_mod, block_mask, scale, enable_gqa, kernel_options, return_aux):
         assert return_aux.lse
+        assert kernel_options == {"fwd_BLOCK_M": 32}
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = q @ k.transpose(2, 3) * scale
         scores = scores.masked_fill(~visible(tree, None), -torch.inf)
@@ -120,7 +154,8 @@ def test_sinks_take_their_share(monkeypatch):
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     inputs = [*packed_inputs(tree), sinks]
     masks = {None: flex.tree_block_mask(tree, None, CPU)}
-    got = flex.flex_attend(None, *inputs[:3], scaling=0.3, s_aux=sinks, tree_block_masks=masks)
+    planned = {"tree_block_masks": masks, "tree_tiles": {"fwd_BLOCK_M": 32}}
+    got = flex.flex_attend(None, *inputs[:3], scaling=0.3, s_aux=sinks, **planned)
     want = duplicated_rows_attention(tree, *inputs[:3], scaling=0.3, s_aux=sinks)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
     grads = (torch.autograd.grad(x.sin().sum(), inputs) for x in (got, want))

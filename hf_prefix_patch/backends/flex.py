@@ -6,6 +6,7 @@ packed row to be depth-first: a token sees those before it whose subtree it stan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
@@ -28,6 +29,19 @@ _BLOCK = 128
 _KINDS = 64  # of calls that a process compiles: heads and their sizes, windows, types, gradients
 _NARROWEST = 16  # head size that FlexAttention's kernel takes
 
+# The kernels hold tiles of queries, keys and values in the shared memory that a block of a GPU has:
+# 99 KiB on consumer cards, 163 on an A100, 227 on an H100. Where a token of a head has 512 bytes or
+# more, PyTorch's own tiles take up to 226 KiB, and 257 with heads of more than 256 (torch 2.11,
+# compiled for those cards).
+_WIDE = 512
+_AMPLE = 226 * 1024
+_SMALL_TILES = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}
+# Those of other types and of wider heads are small enough.
+_SMALL_TILES_OF_HALF = _SMALL_TILES | {
+    **dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32),
+    "bwd_num_stages": 1,
+}
+
 
 def flex_attend(
     module: nn.Module,
@@ -40,6 +54,7 @@ def flex_attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     tree_block_masks: dict[int | None, BlockMask],
+    tree_tiles: dict[str, int] | None = None,
     **unused: Any,
 ) -> Tensor:
     """Shared attention by `flex_attention`.
@@ -50,6 +65,7 @@ def flex_attend(
         softcap: scores become `softcap * tanh(scores / softcap)`.
         s_aux: `[heads]` attention sinks.
         tree_block_masks: one for each window of the model's layers.
+        tree_tiles: `kernel_options` of `flex_attention`; None for PyTorch's own.
 
     Returns:
         `[1, N, heads, head_dim]`.
@@ -64,6 +80,7 @@ def flex_attend(
         block_mask=block_mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=tree_tiles,
         return_aux=None if s_aux is None else AuxRequest(lse=True),
     )
     if s_aux is not None:
@@ -165,7 +182,19 @@ def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _plan(tree: PrefixTree, needs: Needs) -> dict[str, Any]:
     masks = {window: tree_block_mask(tree, window, needs.device) for window in needs.windows}
-    return {"tree_block_masks": masks}
+    return {"tree_block_masks": masks, "tree_tiles": _tiles(needs)}
+
+
+def _tiles(needs: Needs) -> dict[str, int] | None:
+    """Smaller tiles than PyTorch's, where those do not fit on the device; else None."""
+    if needs.device.type != "cuda" or torch.version.hip is not None:
+        return None
+    size = max(needs.head_dims, default=1)
+    token = needs.dtype.itemsize * 2 ** math.ceil(math.log2(size))
+    card: Any = torch.cuda.get_device_properties(needs.device)
+    if size <= 256 and (token < _WIDE or card.shared_memory_per_block_optin >= _AMPLE):
+        return None
+    return _SMALL_TILES_OF_HALF if needs.dtype in HALF and size <= 256 else _SMALL_TILES
 
 
 def _unserved(needs: Needs) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -216,6 +217,9 @@ _CUDA = {
     "device_count": lambda: 1,
     "set_device": lambda device: None,
     "get_device_capability": lambda device=None: (9, 0),
+    "get_device_properties": lambda device=None: SimpleNamespace(
+        shared_memory_per_block_optin=227 * 1024
+    ),
     "get_device_name": lambda device=None: "a CPU that plays CUDA",
     "is_bf16_supported": lambda *args, **kwargs: True,
     "empty_cache": lambda: None,

@@ -121,6 +121,7 @@ def flex_attention(
     block_mask=None,
     scale=None,
     enable_gqa=False,
+    kernel_options=None,
     return_aux=None,
 ):
     """Scores of all pairs, of which those in blocks that the mask lists count."""
