@@ -514,19 +514,24 @@ def initialize(model, stage):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Imports a module of another framework, of which there is a few lines that do the same."""
-    names = []
+    """Imports a module of another framework, of which there is a few lines that do the same; one
+    that is installed is set aside."""
+    packages = {"deepspeed", "verl"}
+
+    def loaded():
+        return [name for name in sys.modules if name.partition(".")[0] in packages]
 
     def write(name, source):
         folder = tmp_path / name.replace(".", "/")
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
-        names.append(name.partition(".")[0])
         return importlib.import_module(name)
 
+    for name in loaded():
+        monkeypatch.delitem(sys.modules, name)
     yield write
-    for name in [name for name in sys.modules if name.partition(".")[0] in names]:
+    for name in loaded():
         del sys.modules[name]
 
 
