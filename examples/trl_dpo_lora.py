@@ -90,7 +90,8 @@ def main() -> None:
         args.pairs_per_batch,
         not args.no_sharing,
     )
-    print(f"adapter saved to {args.output}; {sharing or 'not shared'}")
+    if trainer.is_world_process_zero():
+        print(f"adapter saved to {args.output}; {sharing.stats if sharing else 'not shared'}")
     trainer.accelerator.end_training()  # leaves the process group, if there is one
 
 

@@ -105,6 +105,15 @@ class TokenBudget:
             replaced.append((trainer.accelerator, "gather", self.gather))
         return replaced
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the batches of an epoch depend on, as JSON has it."""
+        return {
+            "batches_per_epoch": len(self.sampler),
+            "max_tokens_per_batch": int(self._max_tokens),
+            "sampler_options": {name: str(x) for name, x in sorted(self._options.items())},
+        }
+
     def dataloader(self) -> DataLoader[Any]:
         """What `Trainer.get_train_dataloader` gives, over the batches of the sampler."""
         counted = _counted_in(self._trainer)

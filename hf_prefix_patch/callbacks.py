@@ -10,6 +10,7 @@ from hf_prefix_patch.hooks import OnBypass, patch_of, patched_stacks
 from hf_prefix_patch.notices import warn_caller
 
 if TYPE_CHECKING:
+    from hf_prefix_patch.budget import TokenBudget
     from hf_prefix_patch.patch import PrefixSharing
     from hf_prefix_patch.sampler import PrefixSharingBatchSampler
 
@@ -24,6 +25,36 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A finished epoch may be counted a rounding error short of a whole number.
         self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class ResumedBatches(TrainerCallback):
+    """Says so when a run goes on from a checkpoint that was made with other batches: the trainer
+    skips as many of those that it makes now as were trained then.
+
+    What batches are made by is kept in the trainer's state, which its checkpoints hold.
+
+    Args:
+        budget: of the trainer's batches; None for its own.
+    """
+
+    _NAME = "prefix_sharing_batches"
+
+    def __init__(self, budget: TokenBudget | None) -> None:
+        self._budget = budget
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = {} if self._budget is None else self._budget.settings
+        then = state.stateful_callbacks.pop(self._NAME, {})
+        if now:
+            state.stateful_callbacks[self._NAME] = now
+        if state.global_step and now != then and not args.ignore_data_skip:
+            warn_caller(
+                f"prefix sharing: the checkpoint was made with {then or 'fixed batches'}, and the "
+                f"run goes on with {now or 'fixed batches'}: the trainer skips as many batches as "
+                "were trained, so that some pairs come twice and others never; give the same "
+                "data, max_tokens_per_batch and sampler_options, or set ignore_data_skip=True to "
+                "begin the epoch anew"
+            )
 
 
 class MetricsLog(TrainerCallback):

@@ -116,8 +116,8 @@ class DataCollatorWithPrefixSharing:
             isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, Integral)
         ):
             raise TypeError(
-                f"pad_token_id is {self.pad_token_id!r}, but must be a token id, an integer; pass "
-                "tokenizer.pad_token_id"
+                f"pad_token_id is a {type(self.pad_token_id).__name__}, but must be a token id, an "
+                "integer; pass tokenizer.pad_token_id"
             )
         if self.pad_token_id is not None and int(self.pad_token_id) < 0:
             raise ValueError(

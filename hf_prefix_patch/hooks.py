@@ -224,7 +224,7 @@ class BackbonePatch:
                 f"prefix sharing: the first {_PATIENCE} training batches shared no token. Rows "
                 "that share a prompt must be in one batch and start in the same column (right "
                 f"padding){'; ' + _IMAGES if media else ''}; several documents in a row need "
-                "position_ids and no attention_mask. Bypassed calls: "
+                "position_ids and no attention_mask. Bypassed before this one: "
                 f"{dict(self.stats.bypassed)}."
             )
 

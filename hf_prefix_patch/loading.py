@@ -69,8 +69,8 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if load_in_4bit:
-        _need("bitsandbytes", "4-bit weights", "hf_prefix_patch[qlora]")
-        _need("accelerate", "4-bit weights", "accelerate")
+        _need("bitsandbytes", "4-bit weights")
+        _need("accelerate", "4-bit weights")
         options["device_map"] = {"": place}
         options[DTYPE] = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -180,16 +180,16 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _need(package: str, what: str, install: str) -> None:
+def _need(package: str, what: str) -> None:
     if find_spec(package) is None:
         raise ModuleNotFoundError(
             f"{what} need the package {package}, which is not installed; run "
-            f"`pip install '{install}'`"
+            f"`pip install {package}`"
         )
 
 
 def _with_adapter(model: PreTrainedModel, adapter: str | None) -> Any:
-    _need("peft", "adapters", "peft")
+    _need("peft", "adapters")
     import peft
 
     check_loaded("peft")

@@ -6,7 +6,7 @@ import sys
 import warnings
 from types import FrameType
 
-_WITHIN = {"accelerate", "hf_prefix_patch", "peft", "torch", "transformers"}
+_WITHIN = {"accelerate", "hf_prefix_patch", "peft", "torch", "transformers", "trl"}
 
 
 def warn_caller(message: str) -> None:

@@ -81,7 +81,7 @@ def recurrence_of(backbone: PreTrainedModel) -> TreeRecurrence | None:
             name,
             f"has recurrent layers, {_CARRIED}",
             "the package tree-recurrence, which makes some follow the tree",
-            "pip install hf_prefix_patch[tree], or run it unpatched",
+            "pip install tree-recurrence, or run it unpatched",
         )
     return TreeRecurrence(_Layers(backbone))
 

@@ -167,18 +167,18 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
             self._epoch, self._start, self._done = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the number of batches that this sampler has yielded in it.
+        """The epoch, the number of batches that this sampler has yielded in it, and that of all.
 
         A loader with workers takes batches ahead of the training; save counts of the training loop
         under the same names instead.
         """
-        return {"epoch": self._epoch, "batches": self._done}
+        return {"epoch": self._epoch, "batches": self._done, "batches_per_epoch": len(self)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where `state_dict` was taken, given the same data and arguments.
 
         Raises:
-            ValueError: no state of a sampler, or one of more batches than an epoch has.
+            ValueError: no state of a sampler, or one whose epochs have another number of batches.
         """
         if not {"epoch", "batches"} <= set(state):
             raise ValueError(
@@ -186,10 +186,11 @@ class PrefixSharingBatchSampler(Sampler[list[int]]):
                 "returned"
             )
         epoch, batches = state["epoch"], state["batches"]
-        if not 0 <= batches <= len(self):
+        of = state.get("batches_per_epoch", len(self))
+        if of != len(self) or not 0 <= batches <= of:
             raise ValueError(
-                f"the state has {batches} batches of an epoch, but an epoch has {len(self)}; load "
-                "the state of a sampler of the same data with the same arguments"
+                f"the state has {batches} of {of} batches of an epoch, but an epoch has "
+                f"{len(self)}; load the state of a sampler of the same data with the same arguments"
             )
         self._epoch, self._start, self._done = epoch, batches, batches
 

@@ -147,7 +147,8 @@ class TrainerPatch:
     """What sharing changes in a trainer beside its models; undone by `remove`.
 
     - `data_collator` makes batches that carry their plan.
-    - A callback looks whether the model is shared when training begins.
+    - Callbacks look, when training begins, whether the model is shared, and whether the batches are
+      those that a checkpoint was made with.
     - With `log_metrics`, sharing metrics join what is logged.
     - With `max_tokens`, training batches are made by token budget.
     - With `keep_groups`, completions of one prompt come in one micro-batch.
@@ -164,7 +165,7 @@ class TrainerPatch:
         keep_groups: bool = False,
     ) -> None:
         # Here as in budget: it needs accelerate, which models and loops of one's own do not.
-        from hf_prefix_patch.callbacks import CheckPolicy, MetricsLog
+        from hf_prefix_patch.callbacks import CheckPolicy, MetricsLog, ResumedBatches
 
         self._before = before = trainer_patch_of(trainer)
         if before is not None:
@@ -179,7 +180,10 @@ class TrainerPatch:
                 self.budget = TokenBudget(trainer, max_tokens, sampler_options)
             planning = DataCollatorWithPrefixSharing.wrap(trainer.data_collator)
             self._new: list[tuple[Any, str, Any]] = [(trainer, "data_collator", planning)]
-            self._callbacks: list[Any] = [CheckPolicy(on_bypass, self.budget is not None)]
+            self._callbacks: list[Any] = [
+                CheckPolicy(on_bypass, self.budget is not None),
+                ResumedBatches(self.budget),
+            ]
             if log_metrics:
                 metrics = MetricsLog(trainer, handle)
                 self._new.append((trainer, "log", metrics.log))

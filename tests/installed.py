@@ -120,7 +120,7 @@ def what_is_missing_is_named():
             return str(error)
         raise AssertionError("not refused")
 
-    assert "pip install hf_prefix_patch[tree]" in refusal(tiny_model("lfm2"))
+    assert "pip install tree-recurrence" in refusal(tiny_model("lfm2"))
     assert "max_tokens_per_batch" in refusal(tiny_model("llama"), max_tokens_per_batch=64)
     assert "keep_groups" in refusal(tiny_model("llama"), keep_groups=True)
     print("what is missing is named:", refusal(tiny_model("lfm2")))

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +243,39 @@ def test_resuming_in_the_middle_of_an_epoch(llama, tmp_path):
     assert whole[:3] != whole[3:]  # another order in the second epoch
 
 
+def test_resuming_with_other_batches_says_so(llama, tmp_path):
+    """The trainer skips batches by their number: whose they are, no number tells."""
+
+    def run(tokens, resume=True, **options):
+        trainer = build_trainer(
+            load(llama), tmp_path, lora=True, max_steps=2, save_strategy="steps", save_steps=1
+        )
+        trainer.args.ignore_data_skip = options.pop("ignore_data_skip", False)
+        with (
+            enable_prefix_sharing(trainer, max_tokens_per_batch=tokens, **options),
+            warnings.catch_warnings(record=True) as said,
+        ):
+            warnings.simplefilter("always")
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if resume else None)
+        return [str(x.message) for x in said if "the checkpoint was made with" in str(x.message)]
+
+    assert run(BUDGET, resume=False) == []
+    assert run(BUDGET) == []
+    assert run(2 * BUDGET, ignore_data_skip=True) == []
+    run(BUDGET, resume=False)
+    (other,) = run(2 * BUDGET)
+    assert re.search(f"made with {{.*'max_tokens_per_batch': {BUDGET},.* goes on with {{", other)
+    assert re.search(f"goes on with {{.*'max_tokens_per_batch': {2 * BUDGET},.*}}: the ", other)
+    run(BUDGET, resume=False)
+    assert len(run(BUDGET, sampler_options={"longest_first": True})) == 1
+    run(BUDGET, resume=False)
+    (none,) = run(None)
+    assert "goes on with fixed batches: the trainer skips" in none
+    assert run(None, resume=False) == run(None) == []
+    (fixed,) = run(BUDGET)
+    assert "made with fixed batches, and" in fixed
+
+
 def test_batches_of_two_processes(llama, tmp_path, monkeypatch):
     """What accelerate deals out is even, disjoint and complete."""
     trainer = build_trainer(load(llama), tmp_path, lora=True)
@@ -317,7 +351,7 @@ def test_enabling_again_and_taking_it_off(llama, tmp_path):
     handle = enable_prefix_sharing(trainer)  # the later call counts
     assert changed() == {"data_collator", "_prefix_sharing"}
     assert handle.sampler is None
-    *others, check = trainer.callback_handler.callbacks
+    *others, check, _ = trainer.callback_handler.callbacks
     assert others == callbacks
     assert isinstance(check, CheckPolicy)
     with pytest.raises(ValueError, match="unique tokens of 12 pairs exceed it") as refused:
@@ -666,7 +700,7 @@ def test_length_to_pad_to(tmp_path, side):
             enable_prefix_sharing(trainer, max_tokens_per_batch=26)
         return
     with enable_prefix_sharing(trainer, max_tokens_per_batch=26) as sharing:
-        assert sharing.sampler.state_dict() == {"epoch": 0, "batches": 0}
+        assert sharing.sampler.state_dict()["batches"] == 0
         counted = [sharing.sampler.unique_tokens(batch) for batch in sharing.sampler]
         sharing.sampler.set_epoch(0)
         seen = LayerTokens(trainer.model)

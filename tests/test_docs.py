@@ -186,9 +186,12 @@ def test_commands_parse(block):
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
         elif words[:2] == ["pip", "install"]:
-            extra = re.fullmatch(r"hf_prefix_patch(?:\[(.*)\])?", words[2])[1]
-            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-            assert extra is None or extra in project["optional-dependencies"]
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+                "optional-dependencies"
+            ]
+            others = {re.match(r"[\w-]+", x)[0] for names in extras.values() for x in names}
+            ours = {"hf_prefix_patch", *(f"hf_prefix_patch[{extra}]" for extra in extras)}
+            assert words[2] in ours | others
         else:
             others = ("python", "trl", "llamafactory-cli", "axolotl", "swift", "deepspeed")
             assert words[0] in others

@@ -290,6 +290,10 @@ def test_ranks_without_a_pair_are_refused():
     assert len(Sampler(pairs, max_pairs=2, num_replicas=2)) == 2
 
 
+def state(epoch, batches, sampler):
+    return {"epoch": epoch, "batches": batches, "batches_per_epoch": len(sampler)}
+
+
 def test_resumes_where_the_state_was_taken():
     pairs = ragged()
     whole = epochs(Sampler(pairs, 600), 3)
@@ -297,11 +301,10 @@ def test_resumes_where_the_state_was_taken():
     stopped.set_epoch(1)
     batches = iter(stopped)
     taken = [next(batches) for _ in range(3)]
-    state = stopped.state_dict()
-    assert state == {"epoch": 1, "batches": 3}
+    assert stopped.state_dict() == state(1, 3, stopped)
     resumed = Sampler(pairs, 600)
-    resumed.load_state_dict(state)
-    assert resumed.state_dict() == state
+    resumed.load_state_dict(stopped.state_dict())
+    assert resumed.state_dict() == state(1, 3, stopped)
     # A loop over the remaining epochs says which one it is in.
     resumed.set_epoch(1)
     assert [taken + list(resumed), list(resumed)] == whole[1:]
@@ -313,7 +316,7 @@ def test_a_state_from_after_the_last_batch_has_none_left():
     whole = epochs(Sampler(pairs, 600), 2)
     sampler.load_state_dict({"epoch": 0, "batches": len(sampler)})
     assert epochs(sampler, 2) == [[], whole[1]]
-    assert sampler.state_dict() == {"epoch": 2, "batches": 0}
+    assert sampler.state_dict() == state(2, 0, sampler)
 
 
 def test_a_state_is_resumed_from_once():
@@ -322,7 +325,7 @@ def test_a_state_is_resumed_from_once():
     sampler = Sampler(ragged(), 600)
     sampler.load_state_dict({"epoch": 0, "batches": 3})
     sampler.set_epoch(1)
-    assert sampler.state_dict() == {"epoch": 1, "batches": 0}
+    assert sampler.state_dict() == state(1, 0, sampler)
     assert list(sampler) == whole[1]
     sampler.load_state_dict({"epoch": 0, "batches": 3})
     assert next(iter(sampler)) == whole[0][3]
@@ -333,9 +336,13 @@ def test_a_state_is_resumed_from_once():
 
 def test_a_state_of_other_data_is_refused():
     sampler = Sampler(ragged(), 600)
-    for batches in (len(sampler) + 1, -1):
-        with pytest.raises(ValueError, match=f"the state has {batches} batches of an epoch, but"):
+    of = len(sampler)
+    for batches in (of + 1, -1):
+        with pytest.raises(ValueError, match=f"the state has {batches} of {of} batches of an "):
             sampler.load_state_dict({"epoch": 0, "batches": batches})
+    other = Sampler(ragged(), 1200)
+    with pytest.raises(ValueError, match=f"has 0 of {len(other)} batches .* an epoch has {of};"):
+        sampler.load_state_dict(other.state_dict())
 
 
 @pytest.mark.needs(accelerate=">=1.14")  # before, even batches need a batch size
