@@ -36,7 +36,7 @@ _NARROWEST = 16  # head size that FlexAttention's kernel takes
 _WIDE = 512
 _AMPLE = 226 * 1024
 _SMALL_TILES = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}
-# Those of other types and of wider heads are small enough.
+# In backward those of fp32 and of heads of more than 256 are small already.
 _SMALL_TILES_OF_HALF = _SMALL_TILES | {
     **dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32),
     "bwd_num_stages": 1,
