@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
 from hf_prefix_patch.adapters import adapter_reason
@@ -18,6 +19,7 @@ from hf_prefix_patch.features import has_neftune, is_causal, is_known_attention
 
 CACHE_BY_DEFAULT = "key/value cache by default"
 LAYERS_CHANGED = "layers or layer types changed after enabling"
+FORWARD_MODE = "a torch.func transformation or forward-mode differentiation"
 
 _POSITIONS = "pass integers of the shape of input_ids, counted from 0 in each row"
 _TEXT_ALONE = "give rows of text alone: images that a model takes in this way cannot be shared"
@@ -70,7 +72,7 @@ ADVICE = {
     "PEFT reads the activations of rows": "wait until PEFT has initialised its adapter",
     "context parallel": "set cp_size and sp_size of accelerate, or verl's "
     "ulysses_sequence_parallel_size, to 1",
-    "a torch.func transformation": "use torch.autograd",
+    FORWARD_MODE: "use torch.autograd's backward",
     "tracing or export": "call disable_prefix_sharing(model) before, as what is made serves other "
     "batches too",
     "DataParallel, which parts the rows of a batch": "use DistributedDataParallel: "
@@ -168,9 +170,10 @@ def bypass_reason(
 
 
 def unreadable(x: Any) -> str | None:
-    """Why no value of a tensor can be looked at; None if it can."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transformation"
+    """Why no value of a tensor can be looked at, or not all of it; None if it can."""
+    dual = forward_ad._current_level >= 0  # tensors with tangents, which attention would drop
+    if dual or torch._C._functorch.peek_interpreter_stack() is not None:
+        return FORWARD_MODE
     traced = torch._C._is_tracing() or isinstance(x, FakeTensor)
     if traced or torch.compiler.is_exporting():
         return "tracing or export"

@@ -105,6 +105,24 @@ def check_model(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
             "load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in "
             "4 bits",
         )
+    pooler = getattr(decoder, "pooler", None)
+    if pooler is not None:
+        raise refusal(
+            name,
+            f"has a stack that pools rows itself ({type(pooler).__name__}), and a packed row is "
+            "one row",
+            "a stack that returns something for each token",
+            "use a class of the family that makes no such pool, or run it unpatched",
+        )
+    of_batch = next((m for m in decoder.modules() if _counts_tokens(m)), None)
+    if of_batch is not None:
+        raise refusal(
+            name,
+            f"has layers ({type(of_batch).__name__}) that reckon with how often tokens come in a "
+            "batch, padding included",
+            "layers that treat each token by itself",
+            "take scale_grad_by_freq back or exchange the layer, or run it unpatched",
+        )
     if has_neftune(model):
         raise refusal(
             name,
@@ -152,6 +170,12 @@ def _called_inside(model: PreTrainedModel) -> list[str]:
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     parts = dict(model.base_model.named_children()) if model.base_model is not model else {}
     return sorted(parts.keys() & set(getattr(code, "co_names", ())))
+
+
+def _counts_tokens(module: nn.Module) -> bool:
+    """Whether a layer's output, or its gradient, depends on the other tokens of a call."""
+    by_frequency = isinstance(module, nn.Embedding) and module.scale_grad_by_freq
+    return by_frequency or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _is_unsloth(module: nn.Module) -> bool:

@@ -60,6 +60,10 @@ def _unsloth(model: Any) -> None:
     attention.forward = types.MethodType(forward, attention)
 
 
+def _by_frequency(model: transformers.PreTrainedModel) -> None:
+    model.get_input_embeddings().scale_grad_by_freq = True
+
+
 def _noise(model: Any) -> None:
     model.get_input_embeddings().neftune_noise_alpha = 5.0
 
@@ -148,6 +152,10 @@ NAMES: dict[str, Callable[[], Any]] = {
         transformers.EncodecConfig(num_filters=4, hidden_size=8)
     ),
     "from_unsloth": lambda: _changed(_unsloth),
+    "pooled": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(**{**sizes(), "num_hidden_layers": 1}, is_decoder=True)
+    ),
+    "by_frequency": lambda: _changed(_by_frequency),
     "noisy": lambda: _changed(_noise),
     "across_tokens": lambda: _changed(_leak),
     "with_prompt_tuning": lambda: _with_adapter(

@@ -17,6 +17,7 @@ from batches import (
 )
 from composites import tiny_composite
 from families import tiny_model
+from torch.autograd import forward_ad
 
 from hf_prefix_patch import PrefixTree, enable_prefix_sharing
 from hf_prefix_patch.backends.flex import tree_block_mask
@@ -285,7 +286,7 @@ def test_training_evaluation_and_back():
     assert sharing.stats.calls == 6
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "tangents"])
 def test_function_transformations_run_as_they_are(transform):
     model, batch = tiny_model(attention="eager"), preference_batch()
     weights = {name: x.detach() for name, x in model.named_parameters()}
@@ -294,10 +295,16 @@ def test_function_transformations_run_as_they_are(transform):
         logits = torch.func.functional_call(model, weights, (), batch.inputs).logits
         return completion_logps(logits, batch).sum()
 
+    def tangent():
+        with forward_ad.dual_level():
+            dual = {name: forward_ad.make_dual(x, 0.1 * x) for name, x in weights.items()}
+            return forward_ad.unpack_dual(loss(dual)).tangent
+
     stacked = {name: torch.stack([x, 1.1 * x]) for name, x in weights.items()}
     call = {
         "grad": lambda: torch.func.grad(loss)(weights)["lm_head.weight"],
         "vmap": lambda: torch.func.vmap(loss)(stacked),
+        "tangents": tangent,
     }[transform]
     want = call()
     with enable_prefix_sharing(model) as sharing:

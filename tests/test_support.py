@@ -56,6 +56,8 @@ def refused_models():
     unsloth.model.layers[0].self_attn.forward = types.MethodType(
         forward, unsloth.model.layers[0].self_attn
     )
+    normed = tiny_model()
+    normed.model.layers[0].post_attention_layernorm = torch.nn.BatchNorm1d(32)
     t5 = transformers.T5Config(
         vocab_size=40, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2
     )
@@ -73,6 +75,7 @@ def refused_models():
         ),
         "bidirectional": (bidirectional, "bidirectional attention"),
         "NEFTune": (noisy, "NEFTune noise"),
+        "statistics": (normed, r"has layers \(BatchNorm1d\) that reckon with"),
         "Unsloth": (unsloth, r"patched by Unsloth \(LlamaAttention\)"),
     }
 
