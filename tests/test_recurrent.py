@@ -133,9 +133,7 @@ def test_a_leak_would_show(monkeypatch):
 def test_without_the_package(family, monkeypatch):
     monkeypatch.setitem(sys.modules, "tree_recurrence", None)
     model = tiny_model(family)
-    with pytest.raises(
-        NotImplementedError, match=r"recurrent layers.*pip install hf_prefix_patch\[tree\]"
-    ):
+    with pytest.raises(NotImplementedError, match=r"recurrent layers.*pip install tree-recurrence"):
         enable_prefix_sharing(model)
     assert not model.base_model._forward_pre_hooks
     enable_prefix_sharing(tiny_model("llama")).remove()
