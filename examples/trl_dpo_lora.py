@@ -90,8 +90,7 @@ def main() -> None:
         args.pairs_per_batch,
         not args.no_sharing,
     )
-    if trainer.is_world_process_zero():
-        print(f"adapter saved to {args.output}; {sharing.stats if sharing else 'not shared'}")
+    print(f"adapter saved to {args.output}; {sharing.stats if sharing else 'not shared'}")
     trainer.accelerator.end_training()  # leaves the process group, if there is one
 
 

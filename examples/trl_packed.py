@@ -62,13 +62,12 @@ def main() -> None:
         model_path, args.data, args.output, args.steps, args.pairs_per_batch, args.max_tokens
     )
     fixed = -(-len(trainer.train_dataset) // args.pairs_per_batch)
-    if trainer.is_world_process_zero():
-        print(
-            f"batches per epoch: {len(sharing.sampler)}, {fixed} without the budget\n"
-            f"pairs per batch: {sharing.sampler.pairs_per_batch:.1f} on average, "
-            f"{args.pairs_per_batch} without\n"
-            f"adapter saved to {args.output}; {sharing.stats}"
-        )
+    print(
+        f"batches per epoch: {len(sharing.sampler)}, {fixed} without the budget\n"
+        f"pairs per batch: {sharing.sampler.pairs_per_batch:.1f} on average, "
+        f"{args.pairs_per_batch} without\n"
+        f"adapter saved to {args.output}; {sharing.stats}"
+    )
     trainer.accelerator.end_training()  # leaves the process group, if there is one
 
 

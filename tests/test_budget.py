@@ -43,7 +43,7 @@ from hf_prefix_patch import (
     enable_prefix_sharing,
     plans,
 )
-from hf_prefix_patch.callbacks import CheckPolicy
+from hf_prefix_patch.callbacks import CheckPolicy, ResumedBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -351,9 +351,10 @@ def test_enabling_again_and_taking_it_off(llama, tmp_path):
     handle = enable_prefix_sharing(trainer)  # the later call counts
     assert changed() == {"data_collator", "_prefix_sharing"}
     assert handle.sampler is None
-    *others, check, _ = trainer.callback_handler.callbacks
+    *others, check, resumed = trainer.callback_handler.callbacks
     assert others == callbacks
     assert isinstance(check, CheckPolicy)
+    assert isinstance(resumed, ResumedBatches)
     with pytest.raises(ValueError, match="unique tokens of 12 pairs exceed it") as refused:
         enable_prefix_sharing(trainer, max_tokens_per_batch=5)
     assert 'sampler_options, as {"oversized": "skip"}' in refused.value.__notes__[0]
@@ -700,7 +701,8 @@ def test_length_to_pad_to(tmp_path, side):
             enable_prefix_sharing(trainer, max_tokens_per_batch=26)
         return
     with enable_prefix_sharing(trainer, max_tokens_per_batch=26) as sharing:
-        assert sharing.sampler.state_dict()["batches"] == 0
+        want = {"epoch": 0, "batches": 0, "batches_per_epoch": len(sharing.sampler)}
+        assert sharing.sampler.state_dict() == want
         counted = [sharing.sampler.unique_tokens(batch) for batch in sharing.sampler]
         sharing.sampler.set_epoch(0)
         seen = LayerTokens(trainer.model)

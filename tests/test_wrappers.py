@@ -385,9 +385,7 @@ def test_accelerate_launch(tmp_path):
         timeout=240,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert (
-        run.stdout.count("4 calls; bypassed: none") == 1
-    )  # policy and reference; one rank says so
+    assert run.stdout.count("4 calls; bypassed: none") == 2  # policy and reference, two ranks
 
 
 class OwnRewardModel(LlamaPreTrainedModel):

@@ -6,7 +6,6 @@ packed row to be depth-first: a token sees those before it whose subtree it stan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
@@ -190,7 +189,7 @@ def _tiles(needs: Needs) -> dict[str, int] | None:
     if needs.device.type != "cuda" or torch.version.hip is not None:
         return None
     size = max(needs.head_dims, default=1)
-    token = needs.dtype.itemsize * 2 ** math.ceil(math.log2(size))
+    token = needs.dtype.itemsize * 2 ** (size - 1).bit_length()
     card: Any = torch.cuda.get_device_properties(needs.device)
     if size <= 256 and (token < _WIDE or card.shared_memory_per_block_optin >= _AMPLE):
         return None
