@@ -89,6 +89,7 @@ def refused_models():
         "no registry",
         "bidirectional",
         "NEFTune",
+        "statistics",
         "Unsloth",
     ],
 )
